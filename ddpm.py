@@ -19,7 +19,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -117,10 +116,10 @@ class GaussianDiffusion(nn.Module):
         alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
         posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
         # β̃ of paper t = 1 is 0 and has no logarithm: its neighbour stands in, as in the authors' code.
-        nonzero_variance = torch.cat([posterior_variance, betas])[1:2], posterior_variance[1:]
+        neighbour = torch.cat([posterior_variance, betas])[1:2]
         if alphas_cumprod[-1].sqrt() > 0.05:
             warnings.warn(f"√ᾱ_T = {alphas_cumprod[-1].sqrt():.3f}: x_T keeps that much of x_0, so samples that start "
-                          "from pure noise start wrong; use more or larger betas, until it is below 0.05", stacklevel=2)
+                          "from pure noise start wrong; use more or larger betas, until it is below 0.05")
 
         def keep(name, coefficient):
             self.register_buffer(name, coefficient.to(dtype), persistent=False)
@@ -131,7 +130,7 @@ class GaussianDiffusion(nn.Module):
         keep("sqrt_alphas_cumprod", alphas_cumprod.sqrt())
         keep("sqrt_one_minus_alphas_cumprod", (1 - alphas_cumprod).sqrt())
         keep("posterior_variance", posterior_variance)
-        keep("posterior_log_variance", torch.cat(nonzero_variance).log())
+        keep("posterior_log_variance", torch.cat([neighbour, posterior_variance[1:]]).log())
         keep("posterior_mean_x_start", alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod))
         keep("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
         self._alphas_cumprod = F.pad(alphas_cumprod, (1, 0), value=1.0)          # float64, x_0's own ᾱ = 1 in front
@@ -147,7 +146,7 @@ class GaussianDiffusion(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"pictures must be floats scaled to [-1, 1], got {x.dtype}")
         for other in others:
-            if other.shape != x.shape:
+            if other is not None and other.shape != x.shape:
                 raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
         if not torch.is_tensor(t):
             if not 0 <= t < self.timesteps:
@@ -243,7 +242,7 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def p_sample(self, model, x_t, t, clip_denoised=True, noise=None, generator=None):
         """x_{t−1} = μ_θ(x_t, t) + σ_t z, z ~ N(0, I), and z = 0 at the last step: one line of Algorithm 2."""
-        t = self._check(x_t, t, *[] if noise is None else [noise])
+        t = self._check(x_t, t, noise)
         mean, variance, _, _ = self.p_mean_variance(model, x_t, t, clip_denoised)
         z = _randn(x_t.shape, x_t, generator) if noise is None else noise
         return mean + broadcast(t > 0, x_t) * variance.sqrt() * z
@@ -278,8 +277,8 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
-        """x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z for any s = prev_t < t; s = −1 is x_0, where ᾱ = 1 (DDIM Eq. 12),
-        σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s) (DDIM Eq. 16). η = 0 is deterministic; η = 1 over all T steps is
+        """x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z for any s = prev_t < t (DDIM Eq. 12); s = −1 is x_0, of ᾱ = 1.
+        σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s) (DDIM Eq. 16): η = 0 is deterministic, η = 1 over all T steps is
         Algorithm 2 with σ_t² = β̃_t. A clamped x̂_0 takes its ε with it, so that the two still explain x_t."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0…1, got {eta}")
@@ -289,7 +288,7 @@ class GaussianDiffusion(nn.Module):
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt() * (1 - alpha_bar_t / alpha_bar_s).sqrt()
         to_x_start, to_noise = alpha_bar_s.sqrt(), (1 - alpha_bar_s - sigma.square()).sqrt()
 
-        t = self._check(x_t, t, *[] if noise is None else [noise])
+        t = self._check(x_t, t, noise)
         predicted_noise, _ = self._predict(model, x_t, t)
         x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
@@ -316,8 +315,8 @@ class GaussianDiffusion(nn.Module):
     # Likelihood and score
 
     def bound_term(self, model, x_start, x_t, t, clip_denoised=True):
-        """The term of Eq. 5 that x_t holds, in bits/dim (B,), and x̂_0: L_{t−1} = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)),
-        and at code t = 0 L_0 = −log p_θ(x_0|x_1) by Eq. 13."""
+        """The term of Eq. 5 that x_t holds, in bits/dim (B,), and x̂_0: L_{t−1}, the KL of q(x_{t−1}|x_t, x_0) to
+        p_θ(x_{t−1}|x_t), or at code t = 0 L_0 = −log p_θ(x_0|x_1) by Eq. 13."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         mean, _, log_variance, predicted_x_start = self.p_mean_variance(model, x_t, t, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
@@ -491,7 +490,8 @@ class UNet(nn.Module):
         self.label = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
         channels, size, skips = dim, image_size, [dim]
-        self.conv_in, self.down, self.up = nn.Conv2d(image_channels, dim, 3, padding=1), nn.ModuleList(), nn.ModuleList()
+        self.conv_in = nn.Conv2d(image_channels, dim, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, mult in enumerate(dim_mults):
             for _ in range(num_res_blocks):
                 self.down.append(ResidualBlock(channels, dim * mult, time_dim, dropout, size in attn_resolutions))
@@ -552,8 +552,8 @@ def load_data(name_or_folder, image_size=32, device="cpu", split=None):
         try:
             dataset = TORCHVISION[name_or_folder]("data", train=split != "test", download=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{name_or_folder} is not in data/ and can't be downloaded ({error}); without a network use "
-                             "--data digits or --data FOLDER, or copy torchvision's files into data/") from None
+            raise ValueError(f"{name_or_folder} is not in data/ and can't be downloaded ({error}); without a network "
+                             "use --data digits or --data FOLDER, or put torchvision's files into data/") from None
         images = torch.as_tensor(dataset.data)
         images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
         return images.contiguous().to(device), torch.as_tensor(dataset.targets).to(device)
@@ -608,7 +608,7 @@ def to_pixels(x):
 
 
 def option(default, help, low=-math.inf, high=math.inf, choices=None):
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+    return dataclasses.field(default=default, metadata=dict(help=help, bounds=(low, high, choices)))
 
 
 @dataclasses.dataclass
@@ -616,20 +616,20 @@ class Config:
     """All that a run depends on. The command line has a flag for each field and the checkpoint keeps them."""
 
     data: str = option("digits", "digits, mnist, fashion_mnist, cifar10, or a folder of pictures")
-    image_size: int = option(8, "height and width in pixels; a folder's pictures are resized and cropped to it", 1, 4096)
+    image_size: int = option(8, "height and width, pixels; a folder's pictures are resized and cropped to it", 1, 4096)
     dim: int = option(32, "channels at full size; a multiple of 4", 4, 4096)
-    dim_mults: tuple = option((1, 2), "channels of each level, each half the size of the last, in multiples of dim", 1, 64)
+    dim_mults: tuple = option((1, 2), "channels of each level in multiples of dim, each level half the size", 1, 64)
     num_res_blocks: int = option(1, "residual blocks a level", 1, 16)
     attn_resolutions: tuple = option((4,), "sizes in pixels that have self-attention", 1, 4096)
     dropout: float = option(0.0, "dropout in the residual blocks, a probability", 0, 0.99)
     conditional: bool = option(True, "learn the labels, where the data have them")
     label_dropout: float = option(0.1, "share of the labels hidden in training, which is what guidance needs", 0, 1)
     timesteps: int = option(1000, "T, steps of the forward process", 2, 100000)
-    schedule: str = option("linear", "β_t: linear is the paper's, its ends scaled by 1000/T", choices=("linear", "cosine"))
+    schedule: str = option("linear", "β_t; the paper's is linear, here scaled by 1000/T", choices=("linear", "cosine"))
     variance: str = option("fixed_large", "σ_t² of the reverse process: β_t, β̃_t, or learned between the two",
                            choices=("fixed_large", "fixed_small", "learned_range"))
     loss: str = option("simple", "Eq. 14, or the bound of Eq. 5", choices=("simple", "bound"))
-    steps: int = option(1100, "training steps", 1)
+    steps: int = option(1000, "training steps", 1)
     batch_size: int = option(128, "pictures a step, over all processes together", 1)
     lr: float = option(3e-3, "Adam's learning rate", 0, 1)
     warmup: int = option(50, "steps over which the learning rate rises from 0", 0)
@@ -649,32 +649,30 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, (low, high, choices) = getattr(self, field.name), (field.metadata[k] for k in ("low", "high", "choices"))
-            if field.type is tuple:
-                value = tuple(value)
-                setattr(self, field.name, value)
+            value, low, high, choices = getattr(self, field.name), *field.metadata["bounds"]
             if choices and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
-            if field.type in (int, float, tuple):
-                for number in value if field.type is tuple else (value,):
-                    if not low <= number <= high:
-                        raise ValueError(f"{field.name} must lie in {low}…{high}, got {number}")
+            for number in value if field.type is tuple else [value] * (field.type in (int, float)):
+                if not low <= number <= high:
+                    raise ValueError(f"{field.name} must lie in {low}…{high}, got {number}")
         if not self.dim_mults:
-            raise ValueError("dim_mults needs at least one level")
+            raise ValueError(f"dim_mults needs at least one level, got {self.dim_mults}")
         self.out = self.out or f"runs/{Path(self.data).resolve().name}"
 
 
-PAPER = dict(dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,), dropout=0.1, lr=2e-4, warmup=5000,
-             lr_decay="constant", image_size=32, flip=True, steps=800_000, sample_every=10_000, checkpoint_every=5000)
-GREY_28 = dict(image_size=28, dim_mults=(1, 2, 2), attn_resolutions=(7,), steps=4000, batch_size=64, warmup=200,
-               lr=2e-3, sample_every=1000)
-PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=dict(PAPER, conditional=False),
-               folder=dict(PAPER, dim=64, lr=5e-4, warmup=500, steps=50_000, sample_every=1000, checkpoint_every=500))
+PAPER = dict(image_size=32, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,), dropout=0.1,
+             conditional=False, steps=800_000, lr=2e-4, warmup=5000, lr_decay="constant", flip=True,
+             sample_every=10_000, checkpoint_every=5000)
+GREY_28 = dict(image_size=28, dim_mults=(1, 2, 2), attn_resolutions=(7,), steps=3000, batch_size=64, lr=2e-3,
+               warmup=200, sample_every=1000)
+FOLDER = dict(PAPER, dim=64, conditional=True, steps=50_000, lr=5e-4, warmup=500, sample_every=1000,
+              checkpoint_every=500)
+PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER)
 
 
 def preset(data, **changes):
     """The Config that suits a data set, with changes."""
-    return Config(**{"data": data, **PRESETS.get(data, PRESETS["folder"]), **changes})
+    return Config(**{"data": data, **PRESETS.get(data, FOLDER), **changes})
 
 
 def build(config, image_channels, num_classes):
@@ -774,14 +772,12 @@ def log(out, **row):
 @contextlib.contextmanager
 def signals_noted():
     """A list that a first SIGINT or SIGTERM is put into; a second one ends the process."""
-    noted, before = [], {}
+    noted = []
 
     def note(number, frame):
         noted.append(number)
         signal.signal(number, before[number])
-
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
@@ -812,6 +808,8 @@ def train(config, checkpoint=None):
     parts = dict(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
     first = 0
     if checkpoint:
+        if checkpoint["num_classes"] != num_classes:
+            raise ValueError(f"{config.data} has {num_classes} classes, the run in {out} {checkpoint['num_classes']}")
         first = checkpoint["step"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
@@ -924,7 +922,7 @@ class Run:
         return cls(config, model, diffusion.to(device), device, checkpoint["image_channels"], checkpoint["num_classes"])
 
     def steps(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
-        """Yield x_{t−1}, …, x_0 of count pictures, noise and all from the seed alone; labels (count,), or None.
+        """An iterator over x_{t−1}, …, x_0 of count pictures, all noise being the seed's; labels (count,) or None.
         sampling_steps is DDIM's S, 50 unless T is less."""
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = (count, self.image_channels, self.config.image_size, self.config.image_size)
@@ -932,12 +930,11 @@ class Run:
         model = self.model
         if labels is not None:
             model = classifier_free_guidance(model, labels.to(self.device), guidance)
-        with autocast(self.config, self.device):
-            if sampler == "ddpm":
-                yield from self.diffusion.p_sample_steps(model, x_t, generator=generator)
-            else:
-                sampling_steps = sampling_steps or min(50, self.diffusion.timesteps)
-                yield from self.diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generator)
+        model = autocast(self.config, self.device)(functools.partial(model))
+        if sampler == "ddpm":
+            return self.diffusion.p_sample_steps(model, x_t, generator=generator)
+        sampling_steps = sampling_steps or min(50, self.diffusion.timesteps)
+        return self.diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generator)
 
     def labels(self, count, label=None):
         """Every class in turn, or one label; None for a network without classes."""
@@ -947,61 +944,57 @@ class Run:
 
     def grid(self, path):
         """Write a grid of samples, a column a class."""
-        labels = self.labels(10 * min(self.num_classes or 8, 16))
-        count = 64 if labels is None else len(labels)
-        write(path, functools.partial(picture(to_pixels(_last(self.steps(count, labels))), self.num_classes).save, format="PNG"))
+        count = 10 * min(self.num_classes, 16) if self.num_classes else 64
+        x_start = _last(self.steps(count, self.labels(count)))
+        write(path, functools.partial(picture(x_start, self.num_classes).save, format="PNG"))
 
 
-def picture(pixels, columns=None):
+def picture(x, columns=None):
     """Pictures (N, C, H, W) as one grid, small ones enlarged."""
+    pixels = to_pixels(x)
     grid = make_grid(pixels.cpu(), nrow=columns or math.ceil(len(pixels) ** 0.5), padding=1, pad_value=64)
     zoom = max(1, 32 // pixels.shape[-1])
     return to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
 
 
 def sample(run, count, label=None, unconditional=False, batch=64, individual=False, animate=False, seed=0, **how):
-    """Draw count pictures and write them into the run's folder → the paths written.
+    """Draw count pictures as Run.steps does and write them into the run's folder → the paths written.
 
     Batch i starts from (seed, i), so that the pictures do not depend on how many processes share the batches."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     labels = None if unconditional else run.labels(count, label)
-    sampling_steps = run.diffusion.timesteps if how["sampler"] == "ddpm" else how["sampling_steps"]
-    starts = range(0, count, batch)
+    columns = run.num_classes if labels is not None and label is None else None
     drawn, frames = {}, []
-    with tqdm(total=count * sampling_steps, unit=" steps", unit_scale=True, disable=None if rank == 0 else True) as bar:
-        for i in range(rank, len(starts), ranks):
-            these = range(starts[i], min(starts[i] + batch, count))
-            steps = run.steps(len(these), None if labels is None else labels[these.start:these.stop],
-                              seed_of(seed, i), **how)
-            for done, x_t in enumerate(steps, 1):
-                bar.update(len(these))
-                if animate and i == 0 and (done % math.ceil(sampling_steps / 60) == 0 or done == sampling_steps):
-                    frames.append(to_pixels(x_t))
-            drawn[i] = to_pixels(x_t).cpu()
+    for i in tqdm(range(rank, math.ceil(count / batch), ranks), unit=" batches", disable=None if rank == 0 else True):
+        part = range(count)[i * batch:(i + 1) * batch]
+        steps = run.steps(len(part), None if labels is None else labels[part], seed_of(seed, i), **how)
+        for x_t in tqdm(steps, unit=" steps", leave=False, disable=None if rank == 0 else True):
+            if animate and i == 0:
+                frames.append(x_t.cpu())
+        drawn[i] = x_t.cpu()
     if ranks > 1:
         dist.init_process_group("gloo")
         gathered = [None] * ranks
         dist.all_gather_object(gathered, drawn)
-        drawn = {i: pixels for part in gathered for i, pixels in part.items()}
+        drawn = {i: x for part in gathered for i, x in part.items()}
         dist.destroy_process_group()
     if rank:
         return []
 
     out = Path(run.config.out)
-    pixels = torch.cat([drawn[i] for i in sorted(drawn)])
-    columns = run.num_classes if labels is not None and label is None else None
-    paths = [out / "samples.png"]
-    write(paths[0], functools.partial(picture(pixels[:1024], columns).save, format="PNG"))
+    x_start, paths = torch.cat([drawn[i] for i in sorted(drawn)]), [out / "samples.png"]
+    write(paths[0], functools.partial(picture(x_start[:1024], columns).save, format="PNG"))
     if individual:
         fresh = out / "individual.part"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
-        for i, one in enumerate(pixels):
+        for i, one in enumerate(to_pixels(x_start)):
             to_pil_image(one).save(fresh / f"{i:05}.png")
         shutil.rmtree(out / "individual", ignore_errors=True)
         paths.append(fresh.rename(out / "individual"))
     if animate:
-        first, *rest = [picture(frame, columns) for frame in frames]
+        shown = [*frames[:-1:math.ceil(len(frames) / 60)], frames[-1]]
+        first, *rest = [picture(x_t, columns) for x_t in shown]
         paths.append(out / "samples.gif")
         write(paths[-1], functools.partial(first.save, format="GIF", save_all=True, append_images=rest, loop=0,
                                            duration=[60] * len(rest) + [2000]))
@@ -1045,7 +1038,7 @@ def parse(arguments):
                       help="bits/dim of N held-out pictures (256)")
     parser.add_argument("--resume", action="store_true", help="with --train: go on with the last run, or that of --out")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="ddim (default), or ddpm: Algorithm 2, all T steps")
+    sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="ddim unless said, or ddpm: Algorithm 2, T steps")
     sampling.add_argument("--sampling-steps", type=int, metavar="S", help="steps of DDIM, 1…T (50)")
     sampling.add_argument("--eta", type=float, help="noise of DDIM, 0…1: 0 has none, 1 is DDPM's (0)")
     sampling.add_argument("--guidance", type=float, metavar="W", help="weight of classifier-free guidance (0: none)")
@@ -1064,11 +1057,12 @@ def parse(arguments):
         elif field.type is tuple:
             training.add_argument(flag, type=int, nargs="+", metavar="N", help=text)
         else:
-            training.add_argument(flag, type=field.type, choices=field.metadata["choices"], help=text)
+            training.add_argument(flag, type=field.type, choices=field.metadata["bounds"][2], help=text)
     return parser.parse_args(arguments)
 
 
-SAMPLING = ("sampler", "sampling_steps", "eta", "guidance", "label", "unconditional", "sampling_batch", "individual", "animate")
+SAMPLING = ("seed", "sampler", "sampling_steps", "eta", "guidance", "label", "unconditional", "sampling_batch",
+            "individual", "animate")
 RUNNING = ("out", "data", "device", "bf16")                    # what does not change a run's result
 EXTENDING = (*RUNNING, "steps", "log_every", "sample_every", "checkpoint_every", "compile")
 
@@ -1106,32 +1100,30 @@ def run_train(given):
 
 def run_sample(given):
     count = given.pop("sample")
-    refuse_others(given, (*SAMPLING, *RUNNING, "seed"), "--sample")
-    how = {name: given[name] for name in SAMPLING + ("seed",) if name in given}
-    sampler, steps, eta = (how.setdefault(*pair) for pair in (("sampler", "ddim"), ("sampling_steps", 50), ("eta", 0.0)))
-    guidance, label, batch = how.setdefault("guidance", 0.0), how.get("label"), how.pop("sampling_batch", 64)
+    refuse_others(given, (*SAMPLING, *RUNNING), "--sample")
+    run = Run.read(find_run(given), given.get("device"), given.get("bf16"))
+    last, how = run.diffusion.timesteps, {name: given[name] for name in SAMPLING if name in given}
+    guidance, label, batch = how.get("guidance", 0.0), how.get("label"), how.pop("sampling_batch", 64)
     if count < 1 or batch < 1:
         raise ValueError(f"--sample and --sampling-batch must be at least 1, got {count} and {batch}")
-    run = Run.read(find_run(given), given.get("device"), given.get("bf16"))
-    if sampler == "ddpm" and ("sampling_steps" in given or "eta" in given):
-        raise ValueError("--sampler ddpm takes all T steps, without --sampling-steps or --eta; fewer: --sampler ddim --eta 1")
-    if not 1 <= steps <= run.diffusion.timesteps:
-        raise ValueError(f"--sampling-steps must lie in 1…{run.diffusion.timesteps}, got {steps}")
-    if not 0 <= eta <= 1 or not math.isfinite(guidance):
-        raise ValueError(f"--eta must lie in 0…1 and --guidance be finite, got {eta} and {guidance}")
+    if how.get("sampler") == "ddpm" and how.keys() & {"sampling_steps", "eta"}:
+        raise ValueError("--sampler ddpm takes all T steps, no --sampling-steps or --eta; --sampler ddim --eta 1 does")
+    if not 1 <= how.get("sampling_steps", 1) <= last:
+        raise ValueError(f"--sampling-steps must lie in 1…{last}, got {how['sampling_steps']}")
+    if not 0 <= how.get("eta", 0) <= 1 or not math.isfinite(guidance):
+        raise ValueError(f"--eta must lie in 0…1 and --guidance be finite, got {how.get('eta', 0)} and {guidance}")
     if not run.num_classes and (label is not None or guidance):
         raise ValueError(f"--label and --guidance need a network that learned labels; that in {run.config.out} did not")
     if how.get("unconditional") and (label is not None or guidance):
         raise ValueError("--unconditional goes with neither --label nor --guidance")
     if label is not None and not 0 <= label < run.num_classes:
         raise ValueError(f"--label must lie in 0…{run.num_classes - 1}, got {label}")
-    for path in sample(run, count, batch=batch, **how):
-        print(path)
+    print(*sample(run, count, batch=batch, **how), sep="\n")
 
 
 def run_evaluate(given):
     count = given.pop("evaluate")
-    refuse_others(given, (*RUNNING, "seed"), "--evaluate")
+    refuse_others(given, ("seed", *RUNNING), "--evaluate")
     if count < 1:
         raise ValueError(f"--evaluate must be at least 1, got {count}")
     evaluate(Run.read(find_run(given), given.get("device"), given.get("bf16")), count, given.get("seed", 0))
