@@ -139,7 +139,7 @@ class GaussianDiffusion(nn.Module):
         return broadcast(coefficients[t], x)
 
     def _alpha_bar(self, t):
-        return self._alphas_cumprod[torch.as_tensor(t).cpu() + 1]
+        return self._alphas_cumprod[t.cpu() + 1]                                 # t = −1 is x_0
 
     def _check(self, x, t, *others):
         """Refuse what would broadcast or wrap around in silence; return t as int64 (B,)."""
@@ -282,19 +282,20 @@ class GaussianDiffusion(nn.Module):
         Algorithm 2 with σ_t² = β̃_t. A clamped x̂_0 takes its ε with it, so that the two still explain x_t."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0…1, got {eta}")
-        alpha_bar_t, alpha_bar_s = self._alpha_bar(t), self._alpha_bar(prev_t)
-        if not (alpha_bar_t < alpha_bar_s).all():
-            raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={t}")
-        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt() * (1 - alpha_bar_t / alpha_bar_s).sqrt()
-        to_x_start, to_noise = alpha_bar_s.sqrt(), (1 - alpha_bar_s - sigma.square()).sqrt()
-
+        time, before = torch.as_tensor(t), torch.as_tensor(prev_t)
         t = self._check(x_t, t, noise)
+        if not ((-1 <= before) & (before < time)).all():
+            raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={time.tolist()}")
         predicted_noise, _ = self._predict(model, x_t, t)
         x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
             predicted_noise = self.predict_noise(x_t, t, x_start)
         z = _randn(x_t.shape, x_t, generator) if noise is None else noise
+
+        alpha_bar_t, alpha_bar_s = self._alpha_bar(time), self._alpha_bar(before)
+        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt() * (1 - alpha_bar_t / alpha_bar_s).sqrt()
+        to_x_start, to_noise = alpha_bar_s.sqrt(), (1 - alpha_bar_s - sigma.square()).sqrt()
         to_x_start, to_noise, sigma = (broadcast(c, x_t).to(x_t.dtype).to(x_t.device)
                                        for c in (to_x_start, to_noise, sigma))
         return to_x_start * x_start + to_noise * predicted_noise + sigma * z
@@ -730,8 +731,10 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):                  # torch turns a full disk into a RuntimeError
+            raise OSError(f"{path} can't be written ({error.__context__ or error}); what it held is whole") from None
         raise
 
 
