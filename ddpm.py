@@ -315,7 +315,7 @@ class GaussianDiffusion(nn.Module):
 
     # Likelihood and score
 
-    def bound_term(self, model, x_start, x_t, t, clip_denoised=True):
+    def bound_term(self, model, x_start, x_t, t, clip_denoised):
         """The term of Eq. 5 that x_t holds, in bits/dim (B,), and x̂_0: L_{t−1}, the KL of q(x_{t−1}|x_t, x_0) to
         p_θ(x_{t−1}|x_t), or at code t = 0 L_0 = −log p_θ(x_0|x_1) by Eq. 13."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)

@@ -719,6 +719,7 @@ def test_bits_per_dim_adds_up():
     bin."""
     guard_bits_per_dim_is_finite()
     pixels = torch.randint(0, 256, (3, 2, 4, 4), dtype=torch.uint8)
+    pixels[:, 0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
     x = ddpm.to_model(pixels).double()
     diffusion = exact("fixed_small")
     bits = diffusion.bits_per_dim(knows(x), x)
@@ -739,8 +740,14 @@ def test_bits_per_dim_adds_up():
     edge = scipy.stats.norm.cdf(1 / 255 / sigma)
     mass = np.where((pixels == 0) | (pixels == 255), edge, inner)
     np.testing.assert_allclose(bits["L_0"], -np.log2(mass).mean(axis=(1, 2, 3)), rtol=1e-9)
-    wrong = exact("fixed_small").bits_per_dim(knows(x + 0.1), x, clip_denoised=False)
-    np.testing.assert_allclose(wrong["squared_error"], np.full((3, T), 0.01), rtol=1e-6)
+    wrong = exact("fixed_small").bits_per_dim(knows(x + 0.003), x, clip_denoised=False)
+    np.testing.assert_allclose(wrong["squared_error"], np.full((3, T), 0.003**2), rtol=1e-6)
+    off = scipy.stats.norm(0.003, sigma)
+    mass = off.cdf(1 / 255) - off.cdf(-1 / 255)
+    mass = np.where(pixels == 0, off.cdf(1 / 255), np.where(pixels == 255, off.sf(-1 / 255), mass))
+    np.testing.assert_allclose(wrong["L_0"], -np.log2(mass).mean(axis=(1, 2, 3)), rtol=1e-6)
+    clamped = exact("fixed_small").bits_per_dim(knows(x + 2), x)["squared_error"]                # all at 1
+    np.testing.assert_allclose(clamped, ((1 - x) ** 2).mean((1, 2, 3))[:, None].expand(3, T), atol=1e-12)
 
 
 # ---- The score (§3.2) ------------------------------------------------------------------------------------------------
@@ -2377,8 +2384,7 @@ MUSEUM = [
 @pytest.mark.filterwarnings("ignore:√ᾱ_T")
 @pytest.mark.parametrize("row, name, mistake, guard", MUSEUM, ids=[f"{int(row)}: {name}" for row, name, *_ in MUSEUM])
 def test_the_museum_of_mistakes(row, name, mistake, guard, folder, monkeypatch):
-    """The guard passes on the code as it is, and fails on the code with the mistake put in; row 6's the code refuses
-    itself."""
+    """The guard passes on the code as it is, and fails on the code with the mistake put in."""
     if int(row) in (8, 21):
         assert cli("--train", *TINY, "--dropout", 0.5, "--steps", 3) == 0
     guard()
