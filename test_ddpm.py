@@ -966,10 +966,10 @@ class Labelled:
     num_classes = 4
 
     def __init__(self, channels=1):
-        self.calls, self.channels = 0, channels
+        self.calls, self.rows, self.channels = 0, 0, channels
 
     def __call__(self, x_t, t, y):
-        self.calls += 1
+        self.calls, self.rows = self.calls + 1, self.rows + len(x_t)
         eps = torch.sin(x_t + y.reshape(-1, 1, 1, 1)) + t.reshape(-1, 1, 1, 1) / T
         return torch.cat([eps, eps * 3 + 1][: self.channels], 1)
 
@@ -977,7 +977,7 @@ class Labelled:
 def guard_guidance_mixes_as_the_paper_says():
     x_t, t, y = torch.randn(3, 1, 2, 2), torch.tensor([0, 5, 999]), torch.tensor([0, 3, 1])
     with_label, without = Labelled()(x_t, t, y), Labelled()(x_t, t, torch.full((3,), 4))
-    for w in (0.0, 0.5, 3.0, -1.0):
+    for w in (0.0, 0.5, 1.0, 3.0, -1.0):
         got = classifier_free_guidance(Labelled(), y, w)(x_t, t)
         torch.testing.assert_close(got, (1 + w) * with_label - w * without)
 
@@ -988,7 +988,13 @@ def test_guidance():
     network = Labelled()
     model = classifier_free_guidance(network, torch.tensor([1, 2]), 2.0)
     GaussianDiffusion(BETAS).ddim_sample_loop(model, (2, 1, 2, 2), 5)
-    assert network.calls == 5
+    assert network.calls == 5 and network.rows == 5 * 4
+    unguided = Labelled()
+    GaussianDiffusion(BETAS).ddim_sample_loop(classifier_free_guidance(unguided, torch.tensor([1, 2]), 0.0), (2, 1, 2, 2), 5)
+    assert unguided.rows == 5 * 2  # w = 0 costs no second half
+    nothing = torch.full((2,), 4)  # "no label" is a label too
+    x_t, t = torch.randn(2, 1, 2, 2), torch.tensor([3, 4])
+    torch.testing.assert_close(classifier_free_guidance(Labelled(), nothing, 2.0)(x_t, t), Labelled()(x_t, t, nothing))
     x_t, t, y = torch.randn(2, 1, 2, 2), torch.tensor([3, 4]), torch.tensor([1, 2])
     both = classifier_free_guidance(Labelled(2), y, 2.0)(x_t, t)  # v comes from the labelled half
     torch.testing.assert_close(both[:, 1:], Labelled(2)(x_t, t, y)[:, 1:])
