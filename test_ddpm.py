@@ -1200,6 +1200,18 @@ def test_network_depends_on_every_input_and_on_nothing_else():
     assert (gradient != 0).all()  # through the middle every pixel sees every other
 
 
+def test_a_label_adds_its_embedding_to_the_times():
+    """Label y acts as if its row of the table were added to the time embedding's last bias; there is one row a class, and
+    one for no label."""
+    network, x, t = randomised(small(num_classes=3)), torch.randn(1, 2, 8, 8), torch.tensor([5])
+    assert network.label.weight.shape == (4, 32)
+    want = network(x, t, torch.tensor([2]))
+    with torch.no_grad():
+        network.time[2].bias += network.label.weight[2]
+        network.label.weight.zero_()
+    torch.testing.assert_close(network(x, t), want, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_reach_every_parameter():
     """After two steps (zeroed layers hold back the first) every weight of the labelled network has moved."""
     network = small(num_classes=3, learned_variance=True)
@@ -1220,6 +1232,7 @@ def test_dropout_is_for_training_only():
     assert torch.equal(network(x, t), network(x, t))
     network.train()
     assert not torch.equal(network(x, t), network(x, t))
+    assert ddpm.ResidualBlock(8, 8, 16).dropout.p == 0  # none unless asked for
     block = randomised(ddpm.ResidualBlock(8, 8, 16, dropout=1.0)).train()
     silent = block.conv2.bias.reshape(1, -1, 1, 1).expand(1, 8, 4, 4)
     x = torch.randn(1, 8, 4, 4)
@@ -1231,6 +1244,7 @@ def test_dropout_is_for_training_only():
     [
         (dict(), 2),
         (dict(dim_mults=(1,), image_size=5), 1),
+        (dict(dim_mults=(1,), image_size=1, attn_resolutions=()), 1),
         (dict(dim_mults=(1, 1, 2, 2), image_size=24, attn_resolutions=(6, 3)), 4),
         (dict(dim=12, time_dim=20, num_res_blocks=3, image_channels=5), 2),
     ],
@@ -1246,7 +1260,7 @@ def test_shapes_in_are_shapes_out(changes, levels):
     assert sum(isinstance(m, ddpm.Downsample) for m in network.modules()) == levels - 1
     if "time_dim" in changes:
         assert network.down[0].time.in_features == 20
-    if "attn_resolutions" in changes:  # sizes 6 and 3: 2·1 down + 2·2 up, and the middle
+    if changes.get("attn_resolutions"):  # sizes 6 and 3: 2·1 down + 2·2 up, and the middle
         assert sum(isinstance(m, ddpm.AttentionBlock) for m in network.modules()) == 7
 
 
@@ -2070,7 +2084,8 @@ PUBLIC = dict(
     no_classes=(lambda: classifier_free_guidance(UNet(dim=4, image_size=8), TT, 1.0), "num_classes"),
     label=(lambda: classifier_free_guidance(Labelled(), TT + 4, 1.0), "5"),
     label_low=(lambda: classifier_free_guidance(Labelled(), TT - 1, 1.0), "-1"),
-    size=(lambda: UNet(image_size=30), "30"),
+    size=(lambda: UNet(image_size=30), "30 can't be halved 3 times.*multiple of 8"),
+    deep=(lambda: small(dim_mults=(1, 1, 1, 1))(torch.zeros(2, 2, 4, 4), TT), "multiples of 8, got"),
     size_0=(lambda: UNet(image_size=0), "0"),
     dim=(lambda: small(dim=6), "6"),
     embedding=(lambda: ddpm.SinusoidalPositionEmbeddings(7), "7"),
