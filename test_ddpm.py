@@ -1587,6 +1587,17 @@ def test_training_twice_from_a_seed_is_the_same_to_the_bit(folder):
     assert same(a, b) and not same(a["model"], c["model"])
 
 
+def test_the_log_holds_means(folder):
+    """A line of log.csv is the mean of the loss and of the gradient's norm over the steps since the line before."""
+    rows = {}
+    for every in (1, 4):
+        assert cli("--train", *TINY, "--steps", 4, "--log-every", every, "--out", f"every{every}") == 0
+        lines = Path(f"every{every}", "log.csv").read_text().splitlines()[1:]
+        rows[every] = np.array([[float(cell) for cell in line.split(",")[1:3]] for line in lines])
+    assert rows[1].shape == (4, 2) and rows[4].shape == (1, 2)
+    np.testing.assert_allclose(rows[1].mean(0), rows[4][0], atol=1e-4)
+
+
 def guard_resumed_equals_uninterrupted():
     assert cli("--train", *TINY, "--steps", 6, "--out", "whole") == 0
     assert cli("--train", *TINY, "--steps", 6, "--out", "part", "--checkpoint-every", 4) == 0
