@@ -609,6 +609,7 @@ def to_pixels(x):
 
 
 def option(default, help, low=-math.inf, high=math.inf, choices=None):
+    """A field of Config, with what --help says of it and what it may be."""
     return dataclasses.field(default=default, metadata=dict(help=help, bounds=(low, high, choices)))
 
 
@@ -688,6 +689,7 @@ def build(config, image_channels, num_classes):
 
 
 def pick_device(name=None):
+    """The device of that name, or the best there is; under torchrun a GPU of each process's own."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
@@ -948,13 +950,12 @@ class Run:
     def grid(self, path):
         """Write a grid of samples, a column a class."""
         count = 10 * min(self.num_classes, 16) if self.num_classes else 64
-        x_start = _last(self.steps(count, self.labels(count)))
-        write(path, functools.partial(picture(x_start, self.num_classes).save, format="PNG"))
+        pixels = to_pixels(_last(self.steps(count, self.labels(count))))
+        write(path, functools.partial(picture(pixels, self.num_classes).save, format="PNG"))
 
 
-def picture(x, columns=None):
-    """Pictures (N, C, H, W) as one grid, small ones enlarged."""
-    pixels = to_pixels(x)
+def picture(pixels, columns=None):
+    """Pictures, uint8 (N, C, H, W), as one grid, small ones enlarged."""
     grid = make_grid(pixels.cpu(), nrow=columns or math.ceil(len(pixels) ** 0.5), padding=1, pad_value=64)
     zoom = max(1, 32 // pixels.shape[-1])
     return to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
@@ -973,31 +974,31 @@ def sample(run, count, label=None, unconditional=False, batch=64, individual=Fal
         steps = run.steps(len(part), None if labels is None else labels[part], seed_of(seed, i), **how)
         for x_t in tqdm(steps, unit=" steps", leave=False, disable=None if rank == 0 else True):
             if animate and i == 0:
-                frames.append(x_t.cpu())
-        drawn[i] = x_t.cpu()
+                frames.append(to_pixels(x_t).cpu())
+        drawn[i] = to_pixels(x_t).cpu()
     if ranks > 1:
         dist.init_process_group("gloo")
         gathered = [None] * ranks
         dist.all_gather_object(gathered, drawn)
-        drawn = {i: x for part in gathered for i, x in part.items()}
+        drawn = {i: pixels for part in gathered for i, pixels in part.items()}
         dist.destroy_process_group()
     if rank:
         return []
 
     out = Path(run.config.out)
-    x_start, paths = torch.cat([drawn[i] for i in sorted(drawn)]), [out / "samples.png"]
-    write(paths[0], functools.partial(picture(x_start[:1024], columns).save, format="PNG"))
+    pixels, paths = torch.cat([drawn[i] for i in sorted(drawn)]), [out / "samples.png"]
+    write(paths[0], functools.partial(picture(pixels[:1024], columns).save, format="PNG"))
     if individual:
         fresh = out / "individual.part"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
-        for i, one in enumerate(to_pixels(x_start)):
+        for i, one in enumerate(pixels):
             to_pil_image(one).save(fresh / f"{i:05}.png")
         shutil.rmtree(out / "individual", ignore_errors=True)
         paths.append(fresh.rename(out / "individual"))
     if animate:
         shown = [*frames[:-1:math.ceil(len(frames) / 60)], frames[-1]]
-        first, *rest = [picture(x_t, columns) for x_t in shown]
+        first, *rest = [picture(frame, columns) for frame in shown]
         paths.append(out / "samples.gif")
         write(paths[-1], functools.partial(first.save, format="GIF", save_all=True, append_images=rest, loop=0,
                                            duration=[60] * len(rest) + [2000]))
@@ -1081,12 +1082,14 @@ def find_run(given):
 
 
 def refuse_others(given, allowed, mode):
+    """Refuse a flag that the mode would pass over in silence."""
     for name in given:
         if name not in allowed:
             raise ValueError(f"--{name.replace('_', '-')} does not go with {mode}")
 
 
 def run_train(given):
+    """--train and --resume."""
     if given.pop("resume", False):
         refuse_others(given, EXTENDING, "--train --resume, which keeps the run's own")
         checkpoint = read_checkpoint(find_run(given))
@@ -1102,6 +1105,7 @@ def run_train(given):
 
 
 def run_sample(given):
+    """--sample: refuse what does not fit the run, then draw."""
     count = given.pop("sample")
     refuse_others(given, (*SAMPLING, *RUNNING), "--sample")
     run = Run.read(find_run(given), given.get("device"), given.get("bf16"))
@@ -1125,6 +1129,7 @@ def run_sample(given):
 
 
 def run_evaluate(given):
+    """--evaluate."""
     count = given.pop("evaluate")
     refuse_others(given, ("seed", *RUNNING), "--evaluate")
     if count < 1:
