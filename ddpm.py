@@ -1035,7 +1035,7 @@ def parse(arguments):
     """The command line → argparse.Namespace, holding only what was given."""
     parser = Parser(prog="ddpm.py", description="Train a DDPM, sample from it, evaluate it.",
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    mode = parser.add_mutually_exclusive_group(required=True)
+    mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="train a network")
     mode.add_argument("--sample", type=int, metavar="N", help="draw N pictures from the last run, or that of --out")
     mode.add_argument("--evaluate", type=int, nargs="?", const=256, metavar="N",
@@ -1062,7 +1062,10 @@ def parse(arguments):
             training.add_argument(flag, type=int, nargs="+", metavar="N", help=text)
         else:
             training.add_argument(flag, type=field.type, choices=field.metadata["bounds"][2], help=text)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if not {"train", "sample", "evaluate"} & vars(given).keys():         # said last, so that a misspelt flag is named
+        parser.error("one of --train, --sample N and --evaluate is required")
+    return given
 
 
 SAMPLING = ("seed", "sampler", "sampling_steps", "eta", "guidance", "label", "unconditional", "sampling_batch",

@@ -1977,6 +1977,7 @@ def trained(tmp_path_factory):
 
 REFUSED = [
     ("", "required"),
+    ("--trian", "--trian"),
     ("--train --sample 4", "not allowed with"),
     ("--train --no-such-flag", "no-such-flag"),
     ("--train --steps 0", "steps .*got 0"),
