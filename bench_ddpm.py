@@ -8,13 +8,23 @@ float32 matrix product on the same device. A ratio to diffusers is the median of
 taken alternately. Absolute times depend on the machine and on what else it does; shares and ratios hardly do.
 """
 
+import argparse
+import csv
+import dataclasses
 import functools
+import importlib
 import statistics
 import time
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from scipy import linalg
+from torch import nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import ddpm
 
@@ -245,3 +255,396 @@ def test_sampling_end_to_end(benchmark, name, device, steps):
         record(benchmark, f"DDIM, S = {steps}", name, device, torch.inference_mode()(loop), rounds=3)
     ratio = statistics.median(a / b for a, b in pairs)
     ROWS[-1] = (*ROWS[-1][:-1], f"loop / bare = {ratio:.3f}")
+
+
+# ---- The paper's experiments and the tutorial's exercises: python bench_ddpm.py NAME ---------------------------------
+
+
+def base(lab):
+    """The run that `python ddpm.py --train --data …` makes; it is made if it is not there yet."""
+    return finished(ddpm.preset(lab.data, device=lab.device))
+
+
+def trained(lab, seed, **changes):
+    """A run with these changes to the data set's preset and the experiment's budget; how far its samples are from the
+    data, four times on its way, goes to curve.csv."""
+    name = "-".join([lab.data, str(lab.steps), *(f"{value}" for value in changes.values()), f"seed{seed}"])
+    budget = dict(steps=lab.steps, sample_every=max(1, lab.steps // 4), log_every=max(1, lab.steps // 20))
+    config = ddpm.preset(
+        lab.data,
+        **changes,
+        **budget,
+        seed=seed,
+        device=lab.device,
+        out=f"runs/experiments/{name}".replace("()", "none"),
+    )
+
+    def watch(run, step):
+        far = frechet(draw(lab, run, sampling_steps=20), real(lab))
+        with open(Path(config.out) / "curve.csv", "a") as file:
+            file.write(f"{step},{far}\n")
+
+    return finished(config, watch)
+
+
+def finished(config, watch=None):
+    """The run of a config: read if it is done, gone on with if it was interrupted."""
+    checkpoint = None
+    if (Path(config.out) / "checkpoint.pt").exists():
+        checkpoint = ddpm.read_checkpoint(config.out)
+        if dataclasses.replace(checkpoint["config"], device=config.device) != config:
+            raise SystemExit(f"bench_ddpm.py: error: {config.out} holds a run with other settings: move it away")
+    if checkpoint is None or checkpoint["step"] < config.steps:
+        ddpm.train(config, checkpoint, watch)
+    return ddpm.Run.read(config.out, config.device)
+
+
+def real(lab, split=None):
+    return ddpm.load_data(lab.data, ddpm.preset(lab.data).image_size, split=split)[0]
+
+
+def draw(lab, run, count=None, labels=None, diffusion=None, **how):
+    """Samples, uint8 (N, C, H, W), every class in turn unless labels says otherwise; diffusion in place of the run's."""
+    count = count or lab.samples
+    labels = run.labels(count) if labels is None else labels
+    if diffusion:
+        run = dataclasses.replace(run, diffusion=diffusion.to(run.device))
+    parts = []
+    for i in tqdm(range(0, count, lab.batch), unit=" batches", leave=False, disable=None):
+        part = None if labels is None else labels[i : i + lab.batch]
+        *_, x = run.steps(min(lab.batch, count - i), part, ddpm.seed_of(lab.seed, i), **how)
+        parts.append(ddpm.to_pixels(x).cpu())
+    return torch.cat(parts)
+
+
+def with_variance(run, variance):
+    """The run's diffusion with another σ_t² of the two fixed ones."""
+    return ddpm.build(dataclasses.replace(run.config, variance=variance), run.image_channels, run.num_classes)[1]
+
+
+def frechet(a, b):
+    """‖m − m'‖² + tr(S + S' − 2 (S S')^½) between Gaussians fitted to the pixels of two sets, uint8 (N, C, H, W), which
+    are averaged down to 8×8 where they are larger. (The FID is this on the features of an Inception network.)"""
+
+    def fitted(pixels):
+        x = ddpm.to_model(pixels)
+        x = x if x.shape[-1] <= 8 else functional.adaptive_avg_pool2d(x, 8)
+        x = x.flatten(1).double().numpy()
+        return x.mean(0), numpy.cov(x.T)
+
+    (m, s), (n, r) = fitted(a), fitted(b)
+    root = linalg.eigvals(s @ r).real.clip(0) ** 0.5
+    return float(((m - n) ** 2).sum() + numpy.trace(s + r) - 2 * root.sum())
+
+
+def bits(lab, run, diffusion=None):
+    """bits_per_dim of held-out pictures, averaged over them."""
+    x = ddpm.to_model(real(lab, "test")[: lab.held_out].to(run.device))
+    diffusion = (diffusion or run.diffusion).to(run.device)
+    generator = torch.Generator(run.device).manual_seed(lab.seed)
+    return {name: terms.mean(0) for name, terms in diffusion.bits_per_dim(run.model, x, generator=generator).items()}
+
+
+def spread(values, digits=3):
+    """Mean ± standard deviation over the seeds."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def show_table(heading, rows):
+    for row in [heading, ["---"] * len(heading), *rows]:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def column(run, name):
+    """A column of a run's log.csv, with the steps."""
+    with open(Path(run.config.out) / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+
+def curve(run):
+    return zip(*(map(float, line.split(",")) for line in (Path(run.config.out) / "curve.csv").read_text().split()))
+
+
+def draw_curves(axes, groups):
+    """Loss and distance against steps: a line a group, a thin one a seed."""
+    for colour, (name, runs) in zip(("C0", "C1", "C2"), groups.items()):
+        for ax, lines in zip(axes, ([column(run, "loss") for run in runs], [tuple(curve(run)) for run in runs])):
+            for steps, values in lines:
+                ax.plot(steps, values, colour, alpha=0.3, lw=1)
+            ax.plot(lines[0][0], numpy.mean([values for _, values in lines], 0), colour, label=name)
+    for ax, title in zip(axes, ("training loss, L_simple", "Fréchet distance")):
+        ax.set(xlabel="step", title=title, yscale="log")
+
+
+def schedules(lab):
+    """Exercise 1: the cosine schedule against the linear one."""
+    groups = {name: [trained(lab, seed, schedule=name) for seed in lab.seeds] for name in ("linear", "cosine")}
+    figure, axes = lab.plot.subplots(1, 4, figsize=(12, 2.6), layout="constrained")
+    rows = []
+    for name, runs in groups.items():
+        alphas_cumprod = runs[0].diffusion.alphas_cumprod.cpu()
+        axes[0].plot(alphas_cumprod, label=name)
+        axes[1].plot(alphas_cumprod / (1 - alphas_cumprod), label=name)
+        far = [list(curve(run))[1] for run in runs]
+        nll = [bits(lab, run)["total"].item() for run in runs]
+        rows.append([name, *(spread(each) for each in zip(*far)), spread(nll)])
+    axes[0].set(xlabel="t", title="ᾱ_t")
+    axes[1].set(xlabel="t", title="signal to noise, ᾱ_t/(1 − ᾱ_t)", yscale="log")
+    draw_curves(axes[2:], groups)
+    axes[0].legend()
+    steps = [f"distance, {int(step)} steps" for step in next(curve(runs[0]))]
+    show_table(["schedule", *steps, "bits/dim"], rows)
+    return figure
+
+
+def attention(lab):
+    """Exercise 2: the network with self-attention, and without any."""
+    with_it = ddpm.preset(lab.data).attn_resolutions
+    groups = {
+        "with attention": [trained(lab, seed, schedule="linear") for seed in lab.seeds],
+        "without": [trained(lab, seed, attn_resolutions=()) for seed in lab.seeds],
+    }
+    rows = []
+    for name, runs in groups.items():
+        parameters = f"{sum(p.numel() for p in runs[0].model.parameters()):,}"
+        loss = [statistics.mean(column(run, "loss")[1][-5:]) for run in runs]
+        far = [list(curve(run))[1][-1] for run in runs]
+        rows.append([name, parameters, spread(loss, 4), spread(far)])
+    figure, axes = lab.plot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
+    draw_curves(axes, groups)
+    axes[0].legend()
+    show_table([f"at {with_it} pixels and in the middle", "parameters", "loss, last quarter", "distance"], rows)
+    return figure
+
+
+def guidance(lab):
+    """Exercise 3: what classifier-free guidance buys and costs, judged by a classifier trained on the real pictures."""
+    run, judge = base(lab), classifier(lab)
+    if not run.num_classes:
+        raise SystemExit(f"bench_ddpm.py: error: {lab.data} was learned without labels: guidance needs --data digits")
+    images, labels = ddpm.load_data(lab.data, run.config.image_size)
+    scales, rows, examples = (0, 0.5, 1, 2, 4, 8), [], []
+    asked, one_each = run.labels(lab.samples), torch.arange(run.num_classes)
+    for w in scales:
+        pixels = draw(lab, run, guidance=w)
+        agreement = (judge(ddpm.to_model(pixels)).argmax(1) == asked).float().mean().item()
+        diversity = within(pixels, asked) / within(images, labels)
+        rows.append([w, f"{agreement:.1%}", f"{diversity:.2f}", f"{frechet(pixels, images):.3f}"])
+        examples.append(draw(lab, run, run.num_classes, one_each, guidance=w))
+    show_table(["w", "agrees with the label", "variance within a class, real = 1", "distance"], rows)
+    figure, (left, *others) = lab.plot.subplots(
+        1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=[1, 1.3, 1.3]
+    )
+    grid = ddpm.picture(torch.stack(examples, 1).flatten(0, 1), len(scales))
+    left.imshow(grid, cmap="gray")
+    left.set(xlabel="w", yticks=[])
+    left.set_xticks([(i + 0.5) * grid.width / len(scales) for i in range(len(scales))], scales)
+    diversity = [float(row[2]) for row in rows]
+    for ax, i, name in zip(others, (1, 3), ("agrees with the label, %", "Fréchet distance")):
+        values = [float(row[i].rstrip("%")) for row in rows]
+        ax.plot(diversity, values, "o-")
+        for w, x, y in zip(scales, diversity, values):
+            ax.annotate(f"{w}", (x, y), (3, 4), textcoords="offset points")
+        ax.set(xlabel="variance within a class, real = 1", title=name)
+    return figure
+
+
+def within(pixels, labels):
+    """The variance of pictures about the mean of their class, summed over pixels."""
+    return statistics.mean(ddpm.to_model(pixels[labels == k]).var(0).sum().item() for k in labels.unique())
+
+
+def classifier(lab):
+    """A small convolutional network trained on the real pictures that diffusion trains on."""
+    (images, labels), (held_out, answers) = (
+        ddpm.load_data(lab.data, ddpm.preset(lab.data).image_size, split=split) for split in ("train", "test")
+    )
+    torch.manual_seed(lab.seed)
+    layers = [nn.LazyConv2d(32, 3, padding=1), nn.ReLU(), nn.LazyConv2d(64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.LazyConv2d(64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.4), nn.LazyLinear(128)]
+    network = nn.Sequential(*layers, nn.ReLU(), nn.Dropout(0.4), nn.Linear(128, int(labels.max()) + 1))
+    network(ddpm.to_model(images[:2]))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    for _ in tqdm(range(1500), unit=" steps", leave=False, disable=None):
+        chosen = torch.randint(len(images), (64,))
+        x = ddpm.to_model(images[chosen])
+        functional.cross_entropy(network(x + 0.05 * torch.randn_like(x)), labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    network = torch.no_grad()(network.eval().forward)
+    right = (network(ddpm.to_model(held_out)).argmax(1) == answers).float().mean()
+    print(f"the classifier is right on {right:.1%} of {len(answers):,} held-out real pictures")
+    return network
+
+
+def steps(lab):
+    """Exercise 4: DDIM and Algorithm 2 in S steps, the quality and the time of each (DDIM's Table 1)."""
+    run, images = base(lab), real(lab)
+    kinds = {"η = 0": dict(eta=0.0), "η = 0.5": dict(eta=0.5)}
+    kinds |= {"β̃_t (η = 1)": "fixed_small", "β_t": "fixed_large"}
+    counts = [s for s in (5, 10, 20, 50, 100, 250, 1000) if s <= run.diffusion.timesteps]
+    far, seconds = {kind: [] for kind in kinds}, []
+    for s in counts:
+        for kind, how in kinds.items():
+            start = time.perf_counter()
+            if isinstance(how, dict):
+                pixels = draw(lab, run, sampling_steps=s, **how)
+            else:
+                pixels = draw(lab, run, diffusion=with_variance(run, how), sampler="ddpm", sampling_steps=s)
+            far[kind].append(frechet(pixels, images))
+            if kind == "η = 0":
+                seconds.append(time.perf_counter() - start)
+    rows = [
+        [s, *(f"{far[kind][i]:.3f}" for kind in kinds), f"{seconds[i]:.1f}", f"{seconds[-1] / seconds[i]:.1f}×"]
+        for i, s in enumerate(counts)
+    ]
+    show_table(["S", *kinds, f"seconds for {lab.samples:,} (η = 0)", "faster"], rows)
+    figure, ax = lab.plot.subplots(figsize=(5, 3), layout="constrained")
+    for kind, values in far.items():
+        ax.plot(counts, values, "o-", label=kind)
+    ax.set(xscale="log", yscale="log", xlabel="S, network calls a sample", ylabel="Fréchet distance")
+    ax.legend()
+    return figure
+
+
+def objectives(lab):
+    """Table 1 and 2: the bound L, L_simple, and L_hybrid with a learned variance: bits against samples."""
+    kinds = {
+        "L, β_t": (dict(loss="bound"), "fixed_large"),
+        "L_simple, β_t": (dict(schedule="linear"), "fixed_large"),
+        "L_simple, β̃_t": (dict(schedule="linear"), "fixed_small"),
+        "L_hybrid, learned": (dict(variance="learned_range"), "learned_range"),
+    }
+    few, rows = (10, 20, 50, 100), []
+    figure, (left, right) = lab.plot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    for name, (changes, variance) in kinds.items():
+        results, each_t = [], []
+        for seed in lab.seeds:
+            run = trained(lab, seed, **changes)
+            diffusion = with_variance(run, variance)
+            terms = bits(lab, run, diffusion)
+            ancestral = functools.partial(draw, lab, run, diffusion=diffusion, sampler="ddpm")
+            far = [frechet(ancestral(sampling_steps=s), real(lab)) for s in few]
+            results.append([terms["total"].item(), terms["L_{t-1}"].sum().item(), terms["L_0"].item(), *far])
+            each_t.append(torch.cat([terms["L_0"][None], terms["L_{t-1}"]]).cpu())
+        columns = list(zip(*results))
+        rows.append([name, *(spread(values) for values in columns)])
+        left.plot(range(1, run.diffusion.timesteps + 1), torch.stack(each_t).mean(0), label=name)
+        right.plot(few, [statistics.mean(values) for values in columns[3:]], "o-", label=name)
+    left.set(xscale="log", yscale="log", xlabel="t", title="the bound's term at t, bits/dim")
+    right.set(xscale="log", yscale="log", xlabel="S", title="Fréchet distance, Algorithm 2 in S steps")
+    right.legend()
+    show_table(["loss, σ_t²", "NLL ≤, bits/dim", "L_1 … L_{T−1}", "L_0", *(f"distance, S = {s}" for s in few)], rows)
+    return figure
+
+
+def decoding(lab):
+    """Fig. 5 and 6: rate against distortion, and x̂_0 as sampling goes on."""
+    run = base(lab)
+    terms = bits(lab, run)
+    rmse = 127.5 * terms["squared_error"].sqrt().flip(0).cpu()
+    rate = (terms["L_T"] + torch.cat([terms["L_0"][None] * 0, terms["L_{t-1}"]]).flip(0).cumsum(0)).cpu()
+    labels = ("reverse steps", "rate, bits/dim", "distortion, RMSE of 255")
+    figure, axes = lab.plot.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
+    for ax, x, y in zip(axes, (range(len(rmse)), range(len(rmse)), rate), (rmse, rate, rmse)):
+        ax.plot(x, y)
+    for ax, (x, y) in zip(axes, ((0, 2), (0, 1), (1, 2))):
+        ax.set(xlabel=labels[x], ylabel=labels[y])
+    show_table(
+        ["rate, bits/dim", "distortion L_0, bits/dim", "RMSE of 255"],
+        [[f"{rate[-1]:.3f}", f"{terms['L_0']:.3f}", f"{rmse[-1]:.2f}"]],
+    )
+    return figure
+
+
+def progress(lab):
+    """§2 and Fig. 6 as strips: x_0 drowning in noise; x_t coming out of it; and x̂_0, what the network makes of x_t."""
+    run, last, rows = base(lab), ddpm.preset(lab.data).timesteps - 1, 4
+    shown = [round(last * i / 11) for i in range(12)]
+    x_start = ddpm.to_model(real(lab)[:: len(real(lab)) // rows][:rows]).to(run.device)
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(lab.seed)).to(run.device)
+    forwards = [run.diffusion.q_sample(x_start, t, noise) for t in shown]
+    model = functools.partial(run.model)
+    if run.num_classes:
+        model = ddpm.classifier_free_guidance(
+            run.model, (torch.arange(rows) * 3 + 1).to(run.device) % run.num_classes, 0
+        )
+    torch.manual_seed(lab.seed)
+    x_t, backwards, guesses = torch.randn_like(x_start), [], []
+    with torch.no_grad():
+        for t in reversed(range(last + 1)):
+            if t in shown:
+                backwards.append(x_t)
+                guesses.append(run.diffusion.p_mean_variance(model, x_t, t)[3])
+            x_t = run.diffusion.p_sample(model, x_t, t)
+    backwards[-1] = x_t
+    strips = [torch.stack(strip, 1).flatten(0, 1) for strip in (forwards, backwards, guesses)]
+    return ddpm.picture(ddpm.to_pixels(torch.cat(strips)), len(shown))
+
+
+def sharing(lab):
+    """Fig. 7: samples that share x_t, a row for each t: x_0, x_t, and eight pictures that p_θ makes of it."""
+    run, rows = base(lab), []
+    x_start = ddpm.to_model(real(lab)[len(real(lab)) // 3][None]).to(run.device)
+    for t in (999, 750, 500, 250, 125):
+        torch.manual_seed(lab.seed)
+        x_t = run.diffusion.q_sample(x_start, t)
+        *_, x = run.diffusion.p_sample_steps(run.model, x_t.expand(8, *x_t.shape[1:]), t)
+        rows.append(torch.cat([x_start, x_t, x]))
+    return ddpm.picture(ddpm.to_pixels(torch.cat(rows)), 10)
+
+
+def interpolation(lab):
+    """Fig. 8: between two real pictures, λ from 0 to 1, a row for each depth t."""
+    run, rows = base(lab), []
+    images = real(lab)
+    a, b = (ddpm.to_model(images[i][None]).to(run.device) for i in (len(images) // 3, len(images) * 3 // 4))
+    weights = torch.linspace(0, 1, 9, device=run.device).reshape(-1, 1, 1, 1)
+    for t in (999, 750, 500, 250, 125):
+        torch.manual_seed(lab.seed)
+        many, noise = (9, *a.shape[1:]), torch.randn_like(a)
+        x = run.diffusion.interpolate(run.model, a.expand(many), b.expand(many), t, weights, noise.expand(many))
+        rows.append(torch.cat([a, x, b]))
+    return ddpm.picture(ddpm.to_pixels(torch.cat(rows)), 11)
+
+
+EXPERIMENTS = (schedules, attention, guidance, steps, objectives, decoding, progress, sharing, interpolation)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="The paper's experiments and the tutorial's exercises: a table, and a picture.",
+        epilog="\n".join(f"{each.__name__:14} {each.__doc__.splitlines()[0]}" for each in EXPERIMENTS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", choices=[each.__name__ for each in EXPERIMENTS])
+    parser.add_argument("--data", default="digits", help="digits, mnist, fashion_mnist or cifar10 (digits)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps where networks are compared (500)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings (0 1 2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (0)")
+    parser.add_argument("--samples", type=int, default=1797, help="samples a distance is measured on (1797)")
+    parser.add_argument("--batch", type=int, default=600, help="samples drawn at once (600)")
+    parser.add_argument("--held-out", type=int, default=180, help="held-out pictures whose bits are measured (180)")
+    parser.add_argument("--device", help="cuda, mps or cpu; unless said, the first of them that is there")
+    parser.add_argument("--pictures", type=Path, default=Path("runs"), help="folder the picture goes to (runs)")
+    lab = parser.parse_args()
+    try:
+        lab.plot = importlib.import_module("matplotlib.pyplot")
+    except ImportError:
+        parser.exit(2, "bench_ddpm.py: error: the curves are drawn by matplotlib: pip install matplotlib\n")
+    start = time.perf_counter()
+    drawn = globals()[lab.experiment](lab)
+    if drawn:
+        lab.pictures.mkdir(parents=True, exist_ok=True)
+        path = lab.pictures / f"{lab.experiment}.png"
+        drawn.save(path) if hasattr(drawn, "save") else drawn.savefig(path, dpi=90)
+        print(path)
+    print(
+        f"{(time.perf_counter() - start) / 60:.1f} minutes, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+
+
+if __name__ == "__main__":
+    main()

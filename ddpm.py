@@ -259,6 +259,16 @@ class GaussianDiffusion(nn.Module):
         x_t = _randn(shape, self.betas, generator) if noise is None else noise
         return _last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
+    def respaced(self, model, steps):
+        """The same process seen at S = steps of its T times, and the model for it: Algorithm 2 in S steps (Improved DDPM
+        §4). β' = 1 − ᾱ_t/ᾱ_s between neighbours s < t of ddim_timesteps; the model is asked at the old t."""
+        timesteps = torch.tensor(self.ddim_timesteps(steps)[::-1])
+        alphas_cumprod = self._alpha_bar(timesteps)
+        betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+        timesteps = timesteps.to(self.betas.device)
+        return (GaussianDiffusion(betas, self.variance, self.loss, self.betas.dtype).to(self.betas.device),
+                lambda x_t, t: model(x_t, timesteps[t]))
+
     def interpolate(self, model, x_start_a, x_start_b, t, weight, noise=None, generator=None):
         """Diffuse two pictures to the same t, mix (1−λ) x_t + λ x'_t, λ = weight, and decode from that t (Fig. 8).
         Both take the same noise, so that at λ = ½ the mix keeps its level."""
@@ -470,10 +480,10 @@ class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
 
     dim · dim_mults are the widths, a level each, and each level has half the size of the last; num_res_blocks a level,
-    one more on the way up; attention where the size is in attn_resolutions, and in the middle. time_dim is 4 dim unless
-    given. y (B,) int64 in 0…num_classes, where num_classes itself, or no y at all, is "no label". learned_variance
-    doubles the output channels. Refused: an image_size that can't be halved len(dim_mults) − 1 times, a dim that is no
-    multiple of 4."""
+    one more on the way up; attention where the size is in attn_resolutions, and in the middle; none without any.
+    time_dim is 4 dim unless given. y (B,) int64 in 0…num_classes, where num_classes itself, or no y at all, is "no
+    label". learned_variance doubles the output channels. Refused: an image_size that can't be halved len(dim_mults) − 1
+    times, a dim that is no multiple of 4."""
 
     def __init__(self, image_channels=3, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,),
                  image_size=32, dropout=0.1, time_dim=None, num_classes=None, learned_variance=False):
@@ -502,7 +512,7 @@ class UNet(nn.Module):
                 self.down.append(Downsample(channels))
                 size //= 2
                 skips.append(channels)
-        self.mid = nn.ModuleList([ResidualBlock(channels, channels, time_dim, dropout, attention=True),
+        self.mid = nn.ModuleList([ResidualBlock(channels, channels, time_dim, dropout, bool(attn_resolutions)),
                                   ResidualBlock(channels, channels, time_dim, dropout)])
         for level, mult in reversed(list(enumerate(dim_mults))):
             for _ in range(num_res_blocks + 1):
@@ -790,11 +800,11 @@ def signals_noted():
             signal.signal(number, handler)
 
 
-def train(config, checkpoint=None):
+def train(config, checkpoint=None, watch=None):
     """Algorithm 1 with what makes it work in practice → the run's folder.
 
-    checkpoint, from read_checkpoint, goes on with a run. Under torchrun every process works on its share of each batch.
-    """
+    checkpoint, from read_checkpoint, goes on with a run. watch(run, step) is called every config.sample_every steps and
+    at the end; unless given, it draws a grid. Under torchrun every process works on its share of each batch."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % ranks:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {ranks} processes that share it")
@@ -888,7 +898,7 @@ def train(config, checkpoint=None):
                 write(out / "checkpoint.pt", functools.partial(torch.save, state))
             if rank == 0 and (done == config.steps or done % config.sample_every == 0) and not stop:
                 run = Run(config, ema.module, diffusion, device, images.shape[1], num_classes)
-                run.grid(out / f"samples-{done:06}.png")
+                (watch or Run.grid)(run, done)
                 since = time.perf_counter()
             if stop:
                 break
@@ -928,18 +938,20 @@ class Run:
 
     def steps(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
         """An iterator over x_{t−1}, …, x_0 of count pictures, all noise being the seed's; labels (count,) or None.
-        sampling_steps is DDIM's S, 50 unless T is less."""
+        sampling_steps is S; unless given, 50 or T if that is less for DDIM, and T for Algorithm 2."""
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = (count, self.image_channels, self.config.image_size, self.config.image_size)
         x_t = torch.randn(shape, generator=generator, device=self.device).to(memory_format=torch.channels_last)
         model = self.model
         if labels is not None:
             model = classifier_free_guidance(model, labels.to(self.device), guidance)
-        model = autocast(self.config, self.device)(functools.partial(model))
-        if sampler == "ddpm":
-            return self.diffusion.p_sample_steps(model, x_t, generator=generator)
-        sampling_steps = sampling_steps or min(50, self.diffusion.timesteps)
-        return self.diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generator)
+        model, diffusion = autocast(self.config, self.device)(functools.partial(model)), self.diffusion
+        if sampler == "ddim":
+            sampling_steps = sampling_steps or min(50, diffusion.timesteps)
+            return diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generator)
+        if sampling_steps:
+            diffusion, model = diffusion.respaced(model, sampling_steps)
+        return diffusion.p_sample_steps(model, x_t, generator=generator)
 
     def labels(self, count, label=None):
         """Every class in turn, or one label; None for a network without classes."""
@@ -947,10 +959,11 @@ class Run:
             return None
         return torch.arange(count) % self.num_classes if label is None else torch.full((count,), label)
 
-    def grid(self, path):
-        """Write a grid of samples, a column a class."""
+    def grid(self, step):
+        """Write a grid of samples, a column a class, named after a step of training."""
         count = 10 * min(self.num_classes, 16) if self.num_classes else 64
         pixels = to_pixels(_last(self.steps(count, self.labels(count))))
+        path = Path(self.config.out) / f"samples-{step:06}.png"
         write(path, functools.partial(picture(pixels, self.num_classes).save, format="PNG"))
 
 
@@ -1042,8 +1055,8 @@ def parse(arguments):
                       help="bits/dim of N held-out pictures (256)")
     parser.add_argument("--resume", action="store_true", help="with --train: go on with the last run, or that of --out")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="ddim unless said, or ddpm: Algorithm 2, T steps")
-    sampling.add_argument("--sampling-steps", type=int, metavar="S", help="steps of DDIM, 1…T (50)")
+    sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="ddim unless said, or ddpm: Algorithm 2")
+    sampling.add_argument("--sampling-steps", type=int, metavar="S", help="steps, 1…T (50 of DDIM, T of DDPM)")
     sampling.add_argument("--eta", type=float, help="noise of DDIM, 0…1: 0 has none, 1 is DDPM's (0)")
     sampling.add_argument("--guidance", type=float, metavar="W", help="weight of classifier-free guidance (0: none)")
     sampling.add_argument("--label", type=int, metavar="K", help="the class to draw (all in turn)")
@@ -1059,7 +1072,7 @@ def parse(arguments):
         if field.type is bool:
             training.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif field.type is tuple:
-            training.add_argument(flag, type=int, nargs="+", metavar="N", help=text)
+            training.add_argument(flag, type=int, nargs="*", metavar="N", help=text)
         else:
             training.add_argument(flag, type=field.type, choices=field.metadata["bounds"][2], help=text)
     given = parser.parse_args(arguments)
@@ -1116,8 +1129,8 @@ def run_sample(given):
     guidance, label, batch = how.get("guidance", 0.0), how.get("label"), how.pop("sampling_batch", 64)
     if count < 1 or batch < 1:
         raise ValueError(f"--sample and --sampling-batch must be at least 1, got {count} and {batch}")
-    if how.get("sampler") == "ddpm" and how.keys() & {"sampling_steps", "eta"}:
-        raise ValueError("--sampler ddpm takes all T steps, no --sampling-steps or --eta; --sampler ddim --eta 1 does")
+    if how.get("sampler") == "ddpm" and "eta" in how:
+        raise ValueError(f"--eta {how['eta']} is DDIM's: --sampler ddpm has the variance that it was trained with")
     if not 1 <= how.get("sampling_steps", 1) <= last:
         raise ValueError(f"--sampling-steps must lie in 1…{last}, got {how['sampling_steps']}")
     if not 0 <= how.get("eta", 0) <= 1 or not math.isfinite(guidance):

@@ -933,6 +933,49 @@ def guard_interpolation_starts_at_the_level_it_noised_to():
     np.testing.assert_allclose(seen[0][1], want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned_range"])
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_respaced_keeps_the_marginals_and_asks_at_the_old_t(variance, steps):
+    """Improved DDPM §4: the S-step chain composed by Eq. 2 gives the old ᾱ at the S times kept, and σ_t² is β' or β̃' of
+    the jump from s to t: 1 − ᾱ_t/ᾱ_s, and that times (1−ᾱ_s)/(1−ᾱ_t)."""
+    betas = ddpm.linear_beta_schedule(1000)
+    full = ddpm.GaussianDiffusion(betas, variance, dtype=torch.float64)
+    alpha_bar = np.cumprod(1 - betas.numpy())
+    kept = [math.floor(1000 * (i + 1) / steps + 0.5) - 1 for i in range(steps)]
+    asked = []
+
+    def model(x_t, t):
+        asked.append(t.tolist())
+        return torch.zeros(len(x_t), 2 if variance == "learned_range" else 1, *x_t.shape[2:], dtype=torch.float64)
+
+    short, respaced = full.respaced(model, steps)
+    assert (short.timesteps, short.variance, short.betas.dtype) == (steps, variance, torch.float64)
+    chain = np.cumprod(1 - short.betas.numpy())
+    np.testing.assert_allclose(chain, alpha_bar[kept], rtol=1e-9)
+    x_t = torch.ones(steps, 1, 1, 1, dtype=torch.float64)
+    _, sigma2, _, _ = short.p_mean_variance(respaced, x_t, torch.arange(steps), clip_denoised=False)
+    assert asked == [kept]
+    before = np.append(1.0, alpha_bar[kept[:-1]])
+    jump = 1 - alpha_bar[kept] / before
+    small = jump * (1 - before) / (1 - alpha_bar[kept])
+    want = jump if variance == "fixed_large" else small
+    np.testing.assert_allclose(sigma2.flatten()[1:], want[1:], rtol=1e-9)
+
+
+def test_respaced_with_beta_tilde_is_ddim_with_eta_1():
+    """Two derivations of the same S-step sampler: Algorithm 2 on the respaced chain, and DDIM Eq. 12 with η = 1."""
+    diffusion = ddpm.GaussianDiffusion(ddpm.cosine_beta_schedule(100), "fixed_small", dtype=torch.float64)
+    model = lambda x_t, t: torch.sin(3 * x_t + t[:, None, None, None] / 100)
+    x_T, noises = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.randn(9, 2, 1, 4, 4, dtype=torch.float64)
+    short, respaced = diffusion.respaced(model, 9)
+    a = b = x_T
+    times = diffusion.ddim_timesteps(9)
+    for i, (t, prev_t) in enumerate(zip(times, [*times[1:], -1])):
+        a = short.p_sample(respaced, a, 8 - i, noise=noises[i])
+        b = diffusion.ddim_sample(model, b, t, prev_t, eta=1.0, noise=noises[i])
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def test_interpolation_is_figure_8():
     """(1−λ) x_t + λ x'_t of the two pictures diffused to t, decoded from t: at λ = 0 and 1 it is the pictures' own
     decoding, and between, the mix that the network is shown has q(x_t)'s noise level."""
@@ -1260,8 +1303,9 @@ def test_shapes_in_are_shapes_out(changes, levels):
     assert sum(isinstance(m, ddpm.Downsample) for m in network.modules()) == levels - 1
     if "time_dim" in changes:
         assert network.down[0].time.in_features == 20
-    if changes.get("attn_resolutions"):  # sizes 6 and 3: 2·1 down + 2·2 up, and the middle
-        assert sum(isinstance(m, ddpm.AttentionBlock) for m in network.modules()) == 7
+    attention = {(6, 3): 2 * 1 + 2 * 2 + 1, (): 0}  # both sizes, down and up, and the middle
+    if "attn_resolutions" in changes:
+        assert sum(isinstance(m, ddpm.AttentionBlock) for m in network.modules()) == attention[changes["attn_resolutions"]]
 
 
 def test_network_in_other_dtypes_and_memory_formats():
@@ -2041,8 +2085,7 @@ REFUSED = [
     ("--sample 4 --guidance 1 --unconditional", "--unconditional goes with neither"),
     ("--sample 4 --out runs/plain --label 1", "learned labels; that in runs/plain did not"),
     ("--sample 4 --out runs/plain --guidance 1", "learned labels; that in runs/plain did not"),
-    ("--sample 4 --sampler ddpm --sampling-steps 10", "--sampler ddpm takes all T steps"),
-    ("--sample 4 --sampler ddpm --eta 0.5", "--sampler ddpm takes all T steps"),
+    ("--sample 4 --sampler ddpm --eta 0.5", "--eta 0.5 is DDIM's"),
     ("--sample 4 --sampler euler", "sampler.*euler"),
     ("--sample 4 --sampling-batch 0", "--sampling-batch .*0"),
     ("--sample 4 --seed -2", "--seed .*-2"),
