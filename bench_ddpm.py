@@ -319,7 +319,7 @@ def draw(lab, run, count=None, labels=None, diffusion=None, **how):
 
 def with_variance(run, variance):
     """The run's diffusion with another σ_t² of the two fixed ones."""
-    return ddpm.build(dataclasses.replace(run.config, variance=variance), run.image_channels, run.num_classes)[1]
+    return ddpm.build(dataclasses.replace(run.config, variance=variance), run.model.image_channels, run.model.num_classes)[1]
 
 
 def frechet(a, b):
@@ -422,17 +422,17 @@ def attention(lab):
 def guidance(lab):
     """Exercise 3: what classifier-free guidance buys and costs, judged by a classifier trained on the real pictures."""
     run, judge = base(lab), classifier(lab)
-    if not run.num_classes:
+    if not run.model.num_classes:
         raise SystemExit(f"bench_ddpm.py: error: {lab.data} was learned without labels: guidance needs --data digits")
     images, labels = ddpm.load_data(lab.data, run.config.image_size)
     scales, rows, examples = (0, 0.5, 1, 2, 4, 8), [], []
-    asked, one_each = run.labels(lab.samples), torch.arange(run.num_classes)
+    asked, one_each = run.labels(lab.samples), torch.arange(run.model.num_classes)
     for w in scales:
         pixels = draw(lab, run, guidance=w)
         agreement = (judge(ddpm.to_model(pixels)).argmax(1) == asked).float().mean().item()
         diversity = within(pixels, asked) / within(images, labels)
         rows.append([w, f"{agreement:.1%}", f"{diversity:.2f}", f"{frechet(pixels, images):.3f}"])
-        examples.append(draw(lab, run, run.num_classes, one_each, guidance=w))
+        examples.append(draw(lab, run, run.model.num_classes, one_each, guidance=w))
     show_table(["w", "agrees with the label", "variance within a class, real = 1", "distance"], rows)
     figure, (left, *others) = lab.plot.subplots(
         1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=[1, 1.3, 1.3]
@@ -567,9 +567,9 @@ def progress(lab):
     noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(lab.seed)).to(run.device)
     forwards = [run.diffusion.q_sample(x_start, t, noise) for t in shown]
     model = functools.partial(run.model)
-    if run.num_classes:
+    if run.model.num_classes:
         model = ddpm.classifier_free_guidance(
-            run.model, (torch.arange(rows) * 3 + 1).to(run.device) % run.num_classes, 0
+            run.model, (torch.arange(rows) * 3 + 1).to(run.device) % run.model.num_classes, 0
         )
     torch.manual_seed(lab.seed)
     x_t, backwards, guesses = torch.randn_like(x_start), [], []

@@ -11,7 +11,6 @@ float tensors (B, C, H, W) scaled to [−1, 1]; t is int64 (B,), or one plain in
 import argparse
 import collections
 import contextlib
-import csv
 import dataclasses
 import functools
 import math
@@ -135,9 +134,6 @@ class GaussianDiffusion(nn.Module):
         keep("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
         self._alphas_cumprod = F.pad(alphas_cumprod, (1, 0), value=1.0)          # float64, x_0's own ᾱ = 1 in front
 
-    def _at(self, coefficients, t, x):
-        return broadcast(coefficients[t], x)
-
     def _alpha_bar(self, t):
         return self._alphas_cumprod[t.cpu() + 1]                                 # t = −1 is x_0
 
@@ -173,17 +169,17 @@ class GaussianDiffusion(nn.Module):
         """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, a draw from q(x_t|x_0) in one jump (Eq. 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         t = self._check(x_start, t, noise)
-        return (self._at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-                + self._at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise)
+        return (broadcast(self.sqrt_alphas_cumprod[t], x_start) * x_start
+                + broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_start) * noise)
 
     def q_posterior(self, x_start, x_t, t):
         """Mean, variance and log variance of q(x_{t−1}|x_t, x_0) (Eq. 6, 7):
         μ̃_t = √ᾱ_{t−1} β_t/(1−ᾱ_t) · x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) · x_t,  β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) · β_t.
         At code t = 0 the variance is 0, and its logarithm that of code t = 1."""
         t = self._check(x_t, t, x_start)
-        mean = (self._at(self.posterior_mean_x_start, t, x_t) * x_start
-                + self._at(self.posterior_mean_x_t, t, x_t) * x_t)
-        return mean, self._at(self.posterior_variance, t, x_t), self._at(self.posterior_log_variance, t, x_t)
+        mean = (broadcast(self.posterior_mean_x_start[t], x_t) * x_start
+                + broadcast(self.posterior_mean_x_t[t], x_t) * x_t)
+        return mean, broadcast(self.posterior_variance[t], x_t), broadcast(self.posterior_log_variance[t], x_t)
 
     # Objective
 
@@ -211,14 +207,14 @@ class GaussianDiffusion(nn.Module):
     def predict_x_start(self, x_t, t, noise):
         """x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t (Eq. 15): Eq. 4 solved for x_0."""
         t = self._check(x_t, t, noise)
-        return ((x_t - self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * noise)
-                / self._at(self.sqrt_alphas_cumprod, t, x_t))
+        return ((x_t - broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t) * noise)
+                / broadcast(self.sqrt_alphas_cumprod[t], x_t))
 
     def predict_noise(self, x_t, t, x_start):
         """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
         t = self._check(x_t, t, x_start)
-        return ((x_t - self._at(self.sqrt_alphas_cumprod, t, x_t) * x_start)
-                / self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t))
+        return ((x_t - broadcast(self.sqrt_alphas_cumprod[t], x_t) * x_start)
+                / broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t))
 
     def p_mean_variance(self, model, x_t, t, clip_denoised=True):
         """μ_θ, σ_t², log σ_t² of p_θ(x_{t−1}|x_t), and x̂_0: μ_θ = μ̃_t(x_t, x̂_0) (Eq. 11).
@@ -233,9 +229,9 @@ class GaussianDiffusion(nn.Module):
             x_start = x_start.clamp(-1, 1)
         mean, variance, log_variance = self.q_posterior(x_start, x_t, t)
         if self.variance == "fixed_large":
-            variance, log_variance = self._at(self.betas, t, x_t), self._at(self.log_betas, t, x_t)
+            variance, log_variance = broadcast(self.betas[t], x_t), broadcast(self.log_betas[t], x_t)
         elif self.variance == "learned_range":
-            log_variance = v * self._at(self.log_betas, t, x_t) + (1 - v) * log_variance
+            log_variance = v * broadcast(self.log_betas[t], x_t) + (1 - v) * log_variance
             variance = log_variance.exp()
         return mean, variance, log_variance, x_start
 
@@ -358,7 +354,7 @@ class GaussianDiffusion(nn.Module):
     def score(self, model, x_t, t):
         """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t) (§3.2): the network is a score, up to its scale."""
         t = self._check(x_t, t)
-        return -self._predict(model, x_t, t)[0] / self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        return -self._predict(model, x_t, t)[0] / broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t)
 
 
 # ---- 3. Guidance -----------------------------------------------------------------------------------------------------
@@ -762,26 +758,20 @@ def read_checkpoint(out, device="cpu"):
         raise ValueError(f"{path} is no checkpoint of ddpm.py, or not a whole one ({type(error).__name__})") from None
 
 
+LOG = "step,loss,gradient_norm,learning_rate,images_per_second\n"
+
+
 def start_folder(out, first):
     """An empty folder for a new run, an earlier run's being moved aside; or an old run's, its log cut at step first."""
+    rows = []
     if first:
-        rows = (out / "log.csv").read_text().splitlines(keepends=True) if (out / "log.csv").exists() else []
-        kept = rows[:1] + [row for row in rows[1:] if int(row.split(",")[0]) <= first]
-        write(out / "log.csv", lambda file: file.write("".join(kept).encode()))
+        rows = (out / "log.csv").read_text().splitlines(keepends=True)[1:]
     elif (out / "checkpoint.pt").exists():
         aside = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}-{n}")).exists())
-        out.rename(aside)
-        print(f"the earlier run in {out} is now {aside}")
+        print(f"the earlier run in {out} is now {out.rename(aside)}")
     out.mkdir(parents=True, exist_ok=True)
-
-
-def log(out, **row):
-    """A line of log.csv, under a heading if it is the first."""
-    with open(out / "log.csv", "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
+    kept = [LOG, *(row for row in rows if int(row.split(",")[0]) <= first)]
+    write(out / "log.csv", lambda file: file.write("".join(kept).encode()))
 
 
 @contextlib.contextmanager
@@ -888,8 +878,9 @@ def train(config, checkpoint=None, watch=None):
                 speed, since = len(history) * config.batch_size / (time.perf_counter() - since), time.perf_counter()
                 bar.set_postfix(loss=f"{losses.mean():.4f}")
                 if rank == 0:
-                    log(out, step=done, loss=f"{losses.mean():.6f}", gradient_norm=f"{norms.mean():.4f}",
-                        learning_rate=f"{scheduler.get_last_lr()[0]:.3g}", images_per_second=f"{speed:.0f}")
+                    with open(out / "log.csv", "a") as file:
+                        file.write(f"{done},{losses.mean():.6f},{norms.mean():.4f},{scheduler.get_last_lr()[0]:.3g},"
+                                   f"{speed:.0f}\n")
                 history.clear()
             if rank == 0 and save:
                 state = {name: part.state_dict() for name, part in parts.items()}
@@ -897,8 +888,7 @@ def train(config, checkpoint=None, watch=None):
                              num_classes=num_classes)
                 write(out / "checkpoint.pt", functools.partial(torch.save, state))
             if rank == 0 and (done == config.steps or done % config.sample_every == 0) and not stop:
-                run = Run(config, ema.module, diffusion, device, images.shape[1], num_classes)
-                (watch or Run.grid)(run, done)
+                (watch or Run.grid)(Run(config, ema.module, diffusion), done)
                 since = time.perf_counter()
             if stop:
                 break
@@ -920,9 +910,6 @@ class Run:
     config: Config
     model: nn.Module
     diffusion: GaussianDiffusion
-    device: torch.device
-    image_channels: int
-    num_classes: int | None
 
     @classmethod
     def read(cls, out, device=None, bf16=None):
@@ -934,13 +921,17 @@ class Run:
         ema = AveragedModel(model)
         ema.load_state_dict(checkpoint["ema"])
         model = ema.module.to(device, memory_format=torch.channels_last).eval()
-        return cls(config, model, diffusion.to(device), device, checkpoint["image_channels"], checkpoint["num_classes"])
+        return cls(config, model, diffusion.to(device))
+
+    @property
+    def device(self):
+        return self.diffusion.betas.device
 
     def steps(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
         """An iterator over x_{t−1}, …, x_0 of count pictures, all noise being the seed's; labels (count,) or None.
         sampling_steps is S; unless given, 50 or T if that is less for DDIM, and T for Algorithm 2."""
         generator = torch.Generator(self.device).manual_seed(seed)
-        shape = (count, self.image_channels, self.config.image_size, self.config.image_size)
+        shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
         x_t = torch.randn(shape, generator=generator, device=self.device).to(memory_format=torch.channels_last)
         model = self.model
         if labels is not None:
@@ -955,16 +946,17 @@ class Run:
 
     def labels(self, count, label=None):
         """Every class in turn, or one label; None for a network without classes."""
-        if not self.num_classes:
+        if not self.model.num_classes:
             return None
-        return torch.arange(count) % self.num_classes if label is None else torch.full((count,), label)
+        return torch.arange(count) % self.model.num_classes if label is None else torch.full((count,), label)
 
     def grid(self, step):
         """Write a grid of samples, a column a class, named after a step of training."""
-        count = 10 * min(self.num_classes, 16) if self.num_classes else 64
+        classes = self.model.num_classes
+        count = 10 * min(classes, 16) if classes else 64
         pixels = to_pixels(_last(self.steps(count, self.labels(count))))
         path = Path(self.config.out) / f"samples-{step:06}.png"
-        write(path, functools.partial(picture(pixels, self.num_classes).save, format="PNG"))
+        write(path, functools.partial(picture(pixels, classes).save, format="PNG"))
 
 
 def picture(pixels, columns=None):
@@ -980,7 +972,7 @@ def sample(run, count, label=None, unconditional=False, batch=64, individual=Fal
     Batch i starts from (seed, i), so that the pictures do not depend on how many processes share the batches."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     labels = None if unconditional else run.labels(count, label)
-    columns = run.num_classes if labels is not None and label is None else None
+    columns = run.model.num_classes if labels is not None and label is None else None
     drawn, frames = {}, []
     for i in tqdm(range(rank, math.ceil(count / batch), ranks), unit=" batches", disable=None if rank == 0 else True):
         part = range(count)[i * batch:(i + 1) * batch]
@@ -1135,12 +1127,12 @@ def run_sample(given):
         raise ValueError(f"--sampling-steps must lie in 1…{last}, got {how['sampling_steps']}")
     if not 0 <= how.get("eta", 0) <= 1 or not math.isfinite(guidance):
         raise ValueError(f"--eta must lie in 0…1 and --guidance be finite, got {how.get('eta', 0)} and {guidance}")
-    if not run.num_classes and (label is not None or guidance):
+    if not run.model.num_classes and (label is not None or guidance):
         raise ValueError(f"--label and --guidance need a network that learned labels; that in {run.config.out} did not")
     if how.get("unconditional") and (label is not None or guidance):
         raise ValueError("--unconditional goes with neither --label nor --guidance")
-    if label is not None and not 0 <= label < run.num_classes:
-        raise ValueError(f"--label must lie in 0…{run.num_classes - 1}, got {label}")
+    if label is not None and not 0 <= label < run.model.num_classes:
+        raise ValueError(f"--label must lie in 0…{run.model.num_classes - 1}, got {label}")
     print(*sample(run, count, batch=batch, **how), sep="\n")
 
 
