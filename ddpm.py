@@ -13,8 +13,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
+import pickle
+import re
 import shutil
 import signal
 import sys
@@ -256,8 +259,8 @@ class GaussianDiffusion(nn.Module):
         return _last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
     def respaced(self, model, steps):
-        """The same process seen at S = steps of its T times, and the model for it: Algorithm 2 in S steps (Improved DDPM
-        §4). β' = 1 − ᾱ_t/ᾱ_s between neighbours s < t of ddim_timesteps; the model is asked at the old t."""
+        """The same process seen at S = steps of its T times, and the model for it: Algorithm 2 in S steps (Improved
+        DDPM §4). β' = 1 − ᾱ_t/ᾱ_s between neighbours s < t of ddim_timesteps; the model is asked at the old t."""
         timesteps = torch.tensor(self.ddim_timesteps(steps)[::-1])
         alphas_cumprod = self._alpha_bar(timesteps)
         betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
@@ -542,6 +545,71 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+# Published weights: what config.json must say, what it may also leave out, and their names for our modules.
+PUBLISHED = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
+DEFAULTS = dict(act_fn="silu", attn_norm_num_groups=None, center_input_sample=False, class_embed_type=None,
+                downsample_type="conv", mid_block_scale_factor=1, mid_block_type="UNetMidBlock2D", norm_num_groups=32,
+                num_class_embeds=None, resnet_time_scale_shift="default", time_embedding_dim=None,
+                time_embedding_type="positional", upsample_type="conv")
+NAMES = {r"time_embedding\.linear_1": "time.0", r"time_embedding\.linear_2": "time.2", "time_emb_proj": "time",
+         r"mid_block\.resnets": "mid", r"mid_block\.attentions\.0": "mid.0.attention", "conv_norm_out": "norm_out",
+         "conv_shortcut": "shortcut", "group_norm": "norm", r"to_out\.0|proj_attn": "out",
+         "to_q|query": "qkv.0", "to_k|key": "qkv.1", "to_v|value": "qkv.2"}
+
+
+def published(folder):
+    """The network of a folder like google/ddpm-cifar10-32's: config.json, and diffusion_pytorch_model.bin (torch reads
+    it) or .safetensors (the package of that name does) → UNet's arguments, and the UNet.
+
+    Refused: what can't be read, and, with the field's name, a config.json that asks for what UNet is not."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        shape = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types")
+        size, channels, widths, blocks, down = (config[name] for name in shape)
+        attention, dim = [kind == "AttnDownBlock2D" for kind in down], max(128, widths[0] // 128 * 128)
+        can = dict(PUBLISHED, **DEFAULTS, out_channels=channels, add_attention=any(attention),
+                   block_out_channels=[width // dim * dim for width in widths],
+                   down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+                   up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)])
+        said = {**DEFAULTS, "add_attention": True, **config}
+        for name in sorted({*can, *config} - {*shape[:2], "layers_per_block", "dropout", "num_train_timesteps"}):
+            if name[0] != "_" and (name not in can or said.get(name, "left out") != can[name]):
+                raise ValueError(f"{name} can't be {said.get(name, 'left out')!r}")
+        file = folder / "diffusion_pytorch_model.bin"
+        if file.with_suffix(".safetensors").exists() and not file.exists():
+            from safetensors.torch import load_file
+            weights = load_file(file.with_suffix(".safetensors"))
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+
+        def place(match):
+            way, level, kind, i = match.groups()
+            many = blocks + (way == "up")
+            i = int(level) * (many + 1) + (many if "samplers" in kind else int(i))
+            return f"{way}.{i}.attention" if kind == "attentions" else f"{way}.{i}"
+
+        ours = {}
+        for name in weights:
+            new = re.sub(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)", place, name)
+            for theirs, name_of_ours in NAMES.items():
+                new = re.sub(theirs, name_of_ours, new)
+            ours[new] = weights[name]
+        for name in [name for name in ours if "qkv.0" in name]:
+            parts = [ours.pop(name.replace("qkv.0", f"qkv.{i}")) for i in range(3)]
+            ours[name.replace("qkv.0", "qkv")] = torch.cat(parts)
+        shape = dict(dim=dim, dim_mults=tuple(width // dim for width in widths), num_res_blocks=blocks, image_size=size,
+                     attn_resolutions=tuple(size >> level for level, here in enumerate(attention) if here))
+        network = UNet(channels, **shape)
+        network.load_state_dict(ours)
+    except ImportError:
+        raise ValueError(f"{folder} holds .safetensors, which need that package: pip install safetensors") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder} is no published network that fits here: {line}") from None
+    return shape, network.eval()
+
+
 # ---- 5. Data ---------------------------------------------------------------------------------------------------------
 
 TORCHVISION = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10)
@@ -637,6 +705,7 @@ class Config:
     variance: str = option("fixed_large", "σ_t² of the reverse process: β_t, β̃_t, or learned between the two",
                            choices=("fixed_large", "fixed_small", "learned_range"))
     loss: str = option("simple", "Eq. 14, or the bound of Eq. 5", choices=("simple", "bound"))
+    weights: str = option(None, "a folder of published weights to start from, or with --sample to draw from")
     steps: int = option(1000, "training steps", 1)
     batch_size: int = option(128, "pictures a step, over all processes together", 1)
     lr: float = option(3e-3, "Adam's learning rate", 0, 1)
@@ -805,6 +874,11 @@ def train(config, checkpoint=None, watch=None):
     num_classes = int(labels.max()) + 1 if config.conditional and labels is not None else None
     torch.manual_seed(config.seed)
     model, diffusion = build(config, images.shape[1], num_classes)
+    if config.weights and not checkpoint:
+        start = published(config.weights)[1]
+        if start.image_channels != images.shape[1]:
+            raise ValueError(f"{config.data} has {images.shape[1]} channels, {config.weights} {start.image_channels}")
+        model.load_state_dict(start.state_dict())
     model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
     ema = AveragedModel(model, multi_avg_fn=ema_update(config.ema_decay)).eval()
     ema.n_averaged = ema.n_averaged.cpu()                     # a counter on the GPU would make every step wait for it
@@ -923,6 +997,15 @@ class Run:
         model = ema.module.to(device, memory_format=torch.channels_last).eval()
         return cls(config, model, diffusion.to(device))
 
+    @classmethod
+    def of_weights(cls, folder, out=None, device=None, bf16=None):
+        """Published weights, which were averaged already, with the paper's diffusion."""
+        shape, model = published(folder)
+        config = preset("cifar10", **shape, bf16=bf16, out=out or f"runs/{Path(folder).resolve().name}")
+        _, diffusion = build(config, model.image_channels, None)
+        device = pick_device(device)
+        return cls(config, model.to(device, memory_format=torch.channels_last), diffusion.to(device))
+
     @property
     def device(self):
         return self.diffusion.betas.device
@@ -938,9 +1021,9 @@ class Run:
             model = classifier_free_guidance(model, labels.to(self.device), guidance)
         model, diffusion = autocast(self.config, self.device)(functools.partial(model)), self.diffusion
         if sampler == "ddim":
-            sampling_steps = sampling_steps or min(50, diffusion.timesteps)
-            return diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generator)
-        if sampling_steps:
+            steps = min(50, diffusion.timesteps) if sampling_steps is None else sampling_steps
+            return diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generator)
+        if sampling_steps is not None:
             diffusion, model = diffusion.respaced(model, sampling_steps)
         return diffusion.p_sample_steps(model, x_t, generator=generator)
 
@@ -966,18 +1049,22 @@ def picture(pixels, columns=None):
     return to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
 
 
-def sample(run, count, label=None, unconditional=False, batch=64, individual=False, animate=False, seed=0, **how):
+def sample(run, count, label=None, unconditional=False, sampling_batch=64, individual=False, animate=False, seed=0,
+           **how):
     """Draw count pictures as Run.steps does and write them into the run's folder → the paths written.
 
     Batch i starts from (seed, i), so that the pictures do not depend on how many processes share the batches."""
+    if count < 1 or sampling_batch < 1:
+        raise ValueError(f"--sample and --sampling-batch must be at least 1, got {count} and {sampling_batch}")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    quiet = None if rank == 0 else True
     labels = None if unconditional else run.labels(count, label)
     columns = run.model.num_classes if labels is not None and label is None else None
     drawn, frames = {}, []
-    for i in tqdm(range(rank, math.ceil(count / batch), ranks), unit=" batches", disable=None if rank == 0 else True):
-        part = range(count)[i * batch:(i + 1) * batch]
+    for i in tqdm(range(rank, math.ceil(count / sampling_batch), ranks), unit=" batches", disable=quiet):
+        part = range(count)[i * sampling_batch:(i + 1) * sampling_batch]
         steps = run.steps(len(part), None if labels is None else labels[part], seed_of(seed, i), **how)
-        for x_t in tqdm(steps, unit=" steps", leave=False, disable=None if rank == 0 else True):
+        for x_t in tqdm(steps, unit=" steps", leave=False, disable=quiet):
             if animate and i == 0:
                 frames.append(to_pixels(x_t).cpu())
         drawn[i] = to_pixels(x_t).cpu()
@@ -991,6 +1078,7 @@ def sample(run, count, label=None, unconditional=False, batch=64, individual=Fal
         return []
 
     out = Path(run.config.out)
+    out.mkdir(parents=True, exist_ok=True)
     pixels, paths = torch.cat([drawn[i] for i in sorted(drawn)]), [out / "samples.png"]
     write(paths[0], functools.partial(picture(pixels[:1024], columns).save, format="PNG"))
     if individual:
@@ -1012,6 +1100,8 @@ def sample(run, count, label=None, unconditional=False, batch=64, individual=Fal
 
 def evaluate(run, count, seed=0):
     """Print the bound on −log₂ p(x_0) of count held-out pictures, term by term (Eq. 5)."""
+    if count < 1:
+        raise ValueError(f"--evaluate must be at least 1, got {count}")
     images, _ = load_data(run.config.data, run.config.image_size, run.device, split="test")
     if not len(images):
         raise ValueError(f"{run.config.data} holds too few pictures to have kept any from training: it takes ten")
@@ -1029,22 +1119,27 @@ def evaluate(run, count, seed=0):
     print(f"  rate {rate.mean():.4f}, distortion {bits['L_0'].mean():.4f} (RMSE {rmse:.2f} of 255)")
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusals are one line."""
-
-    def error(self, message):
-        self.exit(2, f"ddpm.py: error: {message}\n")
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+RUN = ("out", "data", "device", "bf16")                                # which run, and what does not change its result
+MODES = {
+    "train": ("train", *FIELDS),
+    "train --resume": ("train", "resume", *RUN, "steps", "log_every", "sample_every", "checkpoint_every", "compile"),
+    "sample": ("sample", *RUN, "weights", "seed", "sampler", "sampling_steps", "eta", "guidance", "label",
+               "unconditional", "sampling_batch", "individual", "animate"),
+    "evaluate": ("evaluate", *RUN, "seed"),
+}
 
 
 def parse(arguments):
-    """The command line → argparse.Namespace, holding only what was given."""
-    parser = Parser(prog="ddpm.py", description="Train a DDPM, sample from it, evaluate it.",
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--train", action="store_true", help="train a network")
-    mode.add_argument("--sample", type=int, metavar="N", help="draw N pictures from the last run, or that of --out")
-    mode.add_argument("--evaluate", type=int, nargs="?", const=256, metavar="N",
-                      help="bits/dim of N held-out pictures (256)")
+    """The command line → its mode, and a dict of what was given. A flag that the mode would pass over is refused."""
+    parser = argparse.ArgumentParser("ddpm.py", description="Train a DDPM, sample from it, evaluate it.",
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"ddpm.py: error: {message}\n")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--train", action="store_true", help="train a network")
+    modes.add_argument("--sample", type=int, metavar="N", help="draw N pictures from the last run, or that of --out")
+    modes.add_argument("--evaluate", type=int, nargs="?", const=256, metavar="N",
+                       help="bits/dim of N held-out pictures (256)")
     parser.add_argument("--resume", action="store_true", help="with --train: go on with the last run, or that of --out")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="ddim unless said, or ddpm: Algorithm 2")
@@ -1067,16 +1162,16 @@ def parse(arguments):
             training.add_argument(flag, type=int, nargs="*", metavar="N", help=text)
         else:
             training.add_argument(flag, type=field.type, choices=field.metadata["bounds"][2], help=text)
-    given = parser.parse_args(arguments)
-    if not {"train", "sample", "evaluate"} & vars(given).keys():         # said last, so that a misspelt flag is named
+    given = vars(parser.parse_args(arguments))
+    mode = next((name for name in MODES if name in given), None)
+    if not mode:                                                           # said last, so that a misspelt flag is named
         parser.error("one of --train, --sample N and --evaluate is required")
-    return given
-
-
-SAMPLING = ("seed", "sampler", "sampling_steps", "eta", "guidance", "label", "unconditional", "sampling_batch",
-            "individual", "animate")
-RUNNING = ("out", "data", "device", "bf16")                    # what does not change a run's result
-EXTENDING = (*RUNNING, "steps", "log_every", "sample_every", "checkpoint_every", "compile")
+    if mode == "train" and "resume" in given:
+        mode = "train --resume"
+    for name in given:
+        if name not in MODES[mode]:
+            parser.error(f"--{name.replace('_', '-')} does not go with --{mode}")
+    return mode, given
 
 
 def find_run(given):
@@ -1089,17 +1184,10 @@ def find_run(given):
     return str(checkpoints[-1].parent)
 
 
-def refuse_others(given, allowed, mode):
-    """Refuse a flag that the mode would pass over in silence."""
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"--{name.replace('_', '-')} does not go with {mode}")
-
-
 def run_train(given):
-    """--train and --resume."""
+    """--train, anew or from published weights, or --resume."""
+    given.pop("train")
     if given.pop("resume", False):
-        refuse_others(given, EXTENDING, "--train --resume, which keeps the run's own")
         checkpoint = read_checkpoint(find_run(given))
         given.pop("data", None)
         config = dataclasses.replace(checkpoint["config"], **given)
@@ -1107,56 +1195,51 @@ def run_train(given):
             raise ValueError(f"{config.out} has its {checkpoint['step']:,} steps already: --steps N goes on to N")
         out = train(config, checkpoint)
     else:
-        refuse_others(given, [field.name for field in dataclasses.fields(Config)], "--train")
-        out = train(preset(given.pop("data", "digits"), **given))
+        shape = {**published(given["weights"])[0], "conditional": False} if "weights" in given else {}
+        for name in shape:
+            if name in given:
+                raise ValueError(f"--{name.replace('_', '-')} does not go with --weights, which have their own")
+        out = train(preset(**{"data": "digits", **shape, **given}))
     print(f"the run is in {out}: checkpoint.pt, log.csv, samples-*.png\nnext: python ddpm.py --sample 64 --out {out}")
 
 
 def run_sample(given):
     """--sample: refuse what does not fit the run, then draw."""
-    count = given.pop("sample")
-    refuse_others(given, (*SAMPLING, *RUNNING), "--sample")
-    run = Run.read(find_run(given), given.get("device"), given.get("bf16"))
-    last, how = run.diffusion.timesteps, {name: given[name] for name in SAMPLING if name in given}
-    guidance, label, batch = how.get("guidance", 0.0), how.get("label"), how.pop("sampling_batch", 64)
-    if count < 1 or batch < 1:
-        raise ValueError(f"--sample and --sampling-batch must be at least 1, got {count} and {batch}")
+    device, bf16 = given.pop("device", None), given.pop("bf16", None)
+    if "weights" in given:
+        if "data" in given:
+            raise ValueError("--data does not go with --weights, which are no run of a data set")
+        run = Run.of_weights(given["weights"], given.get("out"), device, bf16)
+    else:
+        run = Run.read(find_run(given), device, bf16)
+    how = {name: value for name, value in given.items() if name not in ("sample", "out", "data", "weights")}
+    guidance, label, classes = how.get("guidance", 0.0), how.get("label"), run.model.num_classes
     if how.get("sampler") == "ddpm" and "eta" in how:
         raise ValueError(f"--eta {how['eta']} is DDIM's: --sampler ddpm has the variance that it was trained with")
-    if not 1 <= how.get("sampling_steps", 1) <= last:
-        raise ValueError(f"--sampling-steps must lie in 1…{last}, got {how['sampling_steps']}")
-    if not 0 <= how.get("eta", 0) <= 1 or not math.isfinite(guidance):
-        raise ValueError(f"--eta must lie in 0…1 and --guidance be finite, got {how.get('eta', 0)} and {guidance}")
-    if not run.model.num_classes and (label is not None or guidance):
+    if not math.isfinite(guidance):
+        raise ValueError(f"--guidance must be finite, got {guidance}")
+    if not classes and (label is not None or guidance):
         raise ValueError(f"--label and --guidance need a network that learned labels; that in {run.config.out} did not")
     if how.get("unconditional") and (label is not None or guidance):
         raise ValueError("--unconditional goes with neither --label nor --guidance")
-    if label is not None and not 0 <= label < run.model.num_classes:
-        raise ValueError(f"--label must lie in 0…{run.model.num_classes - 1}, got {label}")
-    print(*sample(run, count, batch=batch, **how), sep="\n")
-
-
-def run_evaluate(given):
-    """--evaluate."""
-    count = given.pop("evaluate")
-    refuse_others(given, ("seed", *RUNNING), "--evaluate")
-    if count < 1:
-        raise ValueError(f"--evaluate must be at least 1, got {count}")
-    evaluate(Run.read(find_run(given), given.get("device"), given.get("bf16")), count, given.get("seed", 0))
+    if label is not None and not 0 <= label < classes:
+        raise ValueError(f"--label must lie in 0…{classes - 1}, got {label}")
+    print(*sample(run, given["sample"], **how), sep="\n")
 
 
 def main(arguments=None):
     """What the user can put right ends in one line and status 2, an interruption in one line and status 130."""
-    given = vars(parse(arguments))
+    mode, given = parse(arguments)
     try:
         if not 0 <= given.get("seed", 0) < 2**32:
             raise ValueError(f"--seed must lie in 0…{2**32 - 1}, got {given['seed']}")
-        if given.pop("train", False):
-            run_train(given)
-        elif "sample" in given:
+        if mode == "sample":
             run_sample(given)
+        elif mode == "evaluate":
+            run = Run.read(find_run(given), given.get("device"), given.get("bf16"))
+            evaluate(run, given["evaluate"], given.get("seed", 0))
         else:
-            run_evaluate(given)
+            run_train(given)
     except (ValueError, OSError) as error:
         sys.exit(print(f"ddpm.py: error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt as interruption:

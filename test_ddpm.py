@@ -12,9 +12,11 @@ affine map of (x_t, z), whose mean and variance can be followed exactly.
 
 import copy
 import functools
+import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -746,7 +748,7 @@ def test_bits_per_dim_adds_up():
     mass = off.cdf(1 / 255) - off.cdf(-1 / 255)
     mass = np.where(pixels == 0, off.cdf(1 / 255), np.where(pixels == 255, off.sf(-1 / 255), mass))
     np.testing.assert_allclose(wrong["L_0"], -np.log2(mass).mean(axis=(1, 2, 3)), rtol=1e-6)
-    clamped = exact("fixed_small").bits_per_dim(knows(x + 2), x)["squared_error"]                # all at 1
+    clamped = exact("fixed_small").bits_per_dim(knows(x + 2), x)["squared_error"]  # all at 1
     np.testing.assert_allclose(clamped, ((1 - x) ** 2).mean((1, 2, 3))[:, None].expand(3, T), atol=1e-12)
 
 
@@ -1033,7 +1035,9 @@ def test_guidance():
     GaussianDiffusion(BETAS).ddim_sample_loop(model, (2, 1, 2, 2), 5)
     assert network.calls == 5 and network.rows == 5 * 4
     unguided = Labelled()
-    GaussianDiffusion(BETAS).ddim_sample_loop(classifier_free_guidance(unguided, torch.tensor([1, 2]), 0.0), (2, 1, 2, 2), 5)
+    GaussianDiffusion(BETAS).ddim_sample_loop(
+        classifier_free_guidance(unguided, torch.tensor([1, 2]), 0.0), (2, 1, 2, 2), 5
+    )
     assert unguided.rows == 5 * 2  # w = 0 costs no second half
     nothing = torch.full((2,), 4)  # "no label" is a label too
     x_t, t = torch.randn(2, 1, 2, 2), torch.tensor([3, 4])
@@ -1305,7 +1309,9 @@ def test_shapes_in_are_shapes_out(changes, levels):
         assert network.down[0].time.in_features == 20
     attention = {(6, 3): 2 * 1 + 2 * 2 + 1, (): 0}  # both sizes, down and up, and the middle
     if "attn_resolutions" in changes:
-        assert sum(isinstance(m, ddpm.AttentionBlock) for m in network.modules()) == attention[changes["attn_resolutions"]]
+        assert (
+            sum(isinstance(m, ddpm.AttentionBlock) for m in network.modules()) == attention[changes["attn_resolutions"]]
+        )
 
 
 def test_network_in_other_dtypes_and_memory_formats():
@@ -1348,78 +1354,121 @@ def test_network_exports_and_compiles_as_one_graph():
 NO_DIFFUSERS = "compares with another library: pip install diffusers"
 
 
-def from_diffusers(theirs, network):
-    """The weights of a UNet2DModel under this network's names, by walking both in the order of the forward pass."""
-
-    def resnet(a, b):
-        pairs = [
-            (a.norm1, b.norm1),
-            (a.conv1, b.conv1),
-            (a.time_emb_proj, b.time),
-            (a.norm2, b.norm2),
-            (a.conv2, b.conv2),
-        ]
-        return pairs + ([(a.conv_shortcut, b.shortcut)] if a.conv_shortcut is not None else [])
-
-    def attention(a, b):
-        with torch.no_grad():
-            b.qkv.weight.copy_(torch.cat([a.to_q.weight, a.to_k.weight, a.to_v.weight]))
-            b.qkv.bias.copy_(torch.cat([a.to_q.bias, a.to_k.bias, a.to_v.bias]))
-        return [(a.group_norm, b.norm), (a.to_out[0], b.out)]
-
-    pairs = [
-        (theirs.conv_in, network.conv_in),
-        (theirs.time_embedding.linear_1, network.time[0]),
-        (theirs.time_embedding.linear_2, network.time[2]),
-        (theirs.conv_norm_out, network.norm_out),
-        (theirs.conv_out, network.conv_out),
-    ]
-    for blocks, ours, resample in (
-        (theirs.down_blocks, iter(network.down), "downsamplers"),
-        (theirs.up_blocks, iter(network.up), "upsamplers"),
-    ):
-        for block in blocks:
-            for i, a in enumerate(block.resnets):
-                b = next(ours)
-                pairs += resnet(a, b)
-                if getattr(block, "attentions", None):
-                    pairs += attention(block.attentions[i], b.attention)
-            for a in getattr(block, resample) or []:
-                pairs.append((a.conv, next(ours).conv))
-        assert next(ours, None) is None
-    for a, b in zip(theirs.mid_block.resnets, network.mid):
-        pairs += resnet(a, b)
-    pairs += attention(theirs.mid_block.attentions[0], network.mid[0].attention)
-    for a, b in pairs:
-        b.load_state_dict(a.state_dict())
-    return network.eval()
+PUBLISHED = dict(
+    _class_name="UNet2DModel",
+    sample_size=32,
+    in_channels=3,
+    out_channels=3,
+    block_out_channels=[128, 256, 256, 256],
+    layers_per_block=2,
+    down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    attention_head_dim=None,
+    downsample_padding=0,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    norm_num_groups=32,
+    norm_eps=1e-6,
+    act_fn="silu",
+    mid_block_scale_factor=1,
+)
+SMALLER = dict(
+    PUBLISHED,
+    sample_size=8,
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=[128, 256],
+    layers_per_block=1,
+    down_block_types=["AttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "AttnUpBlock2D"],
+)
 
 
-def test_network_equals_diffusers_unet_of_the_published_configuration():
-    """google/ddpm-cifar10-32's configuration, all weights random, carried over: the same ε to 1e−5 of its size."""
+def test_network_equals_diffusers_unet_of_the_published_configuration(tmp_path):
+    """google/ddpm-cifar10-32's configuration, all weights random, saved in both formats and read back: UNet()'s own
+    arguments, and the same ε to 1e−5 of its size. The names that older files give attention are read as well."""
     diffusers = pytest.importorskip("diffusers", reason=NO_DIFFUSERS)
-    theirs = diffusers.UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_num_groups=32,
-        norm_eps=1e-6,
-        act_fn="silu",
-    ).eval()
-    randomised(theirs)
-    network = from_diffusers(theirs, UNet())
+    theirs = randomised(diffusers.UNet2DModel(**PUBLISHED).eval())
+    theirs.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    theirs.save_pretrained(tmp_path / "safetensors")
+    (tmp_path / "old").mkdir()
+    shutil.copy(tmp_path / "bin" / "config.json", tmp_path / "old")
+    new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    old = {
+        functools.reduce(lambda name, word: name.replace(new[word], word), new, name): weight
+        for name, weight in theirs.state_dict().items()
+    }
+    assert old.keys() != theirs.state_dict().keys()
+    torch.save(old, tmp_path / "old" / "diffusion_pytorch_model.bin")
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([7, 990])
-    with torch.no_grad():
-        want, got = theirs(x, t).sample, network(x, t)
-    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+    for kind in ("bin", "safetensors", "old"):
+        shape, network = ddpm.published(tmp_path / kind)
+        assert shape == dict(dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, image_size=32, attn_resolutions=(16,))
+        with torch.no_grad():
+            want, got = theirs(x, t).sample, network(x, t)
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_published_weights_draw_what_diffusers_draws(folder):
+    """--sample --weights: 50 steps of DDIM from the same noise end in the picture of diffusers' pipeline parts, to half
+    a grey level; Algorithm 2 runs too; and --train --weights starts from them."""
+    diffusers = pytest.importorskip("diffusers", reason=NO_DIFFUSERS)
+    theirs = randomised(diffusers.UNet2DModel(**SMALLER).eval())
+    theirs.save_pretrained("small", safe_serialization=False)
+    assert cli("--sample", 2, "--weights", "small", "--individual", "--seed", 5) == 0
+    scheduler = diffusers.DDIMScheduler(T, timestep_spacing="trailing", clip_sample=True)
+    scheduler.set_timesteps(50)
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(ddpm.seed_of(5, 0)))
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            x = scheduler.step(theirs(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
+    for i, want in enumerate(x):
+        drawn = np.asarray(Image.open(f"runs/small/individual/{i:05}.png"), dtype=float)
+        assert np.abs(drawn - (want[0].clamp(-1, 1).numpy() + 1) * 127.5).max() < 0.51
+    assert cli("--sample", 1, "--weights", "small", "--sampler", "ddpm", "--sampling-steps", 3, "--out", "else") == 0
+    assert Path("else/samples.png").exists()
+    assert cli("--train", "--weights", "small", "--dim", 64) == 2
+    how = ("--batch-size", 2, "--flip")
+    assert cli("--train", "--weights", "small", "--steps", 1, "--lr", 0, *how) == 0
+    for name, weight in ddpm.published("small")[1].state_dict().items():
+        torch.testing.assert_close(weights("runs/digits")["model"][name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(freq_shift=0), "freq_shift can't be 0"),
+        (dict(flip_sin_to_cos=True), "flip_sin_to_cos can't be True"),
+        (dict(attention_head_dim=8), "attention_head_dim can't be 8"),
+        (dict(attention_head_dim=...), "attention_head_dim can't be 'left out'"),
+        (dict(norm_eps=...), "norm_eps can't be 'left out'"),
+        (dict(downsample_padding=1), "downsample_padding can't be 1"),
+        (dict(norm_num_groups=16), "norm_num_groups can't be 16"),
+        (dict(act_fn="gelu"), "act_fn can't be 'gelu'"),
+        (dict(num_class_embeds=10), "num_class_embeds can't be 10"),
+        (dict(resnet_time_scale_shift="scale_shift"), "resnet_time_scale_shift can't be 'scale_shift'"),
+        (dict(add_attention=False), "add_attention can't be False"),
+        (dict(down_block_types=["DownBlock2D", "DownBlock2D"]), "add_attention can't be True"),
+        (dict(down_block_types=["SkipDownBlock2D", "AttnDownBlock2D"]), "down_block_types can't be"),
+        (dict(up_block_types=["AttnUpBlock2D", "UpBlock2D"]), "up_block_types can't be"),
+        (dict(block_out_channels=[64, 128]), "block_out_channels can't be"),
+        (dict(block_out_channels=[256, 384]), "block_out_channels can't be"),
+        (dict(out_channels=2), "out_channels can't be 2"),
+        (dict(something_new=1), "something_new can't be 1"),
+        (dict(sample_size=...), "sample_size"),
+        (dict(sample_size="large"), "fits"),
+        (dict(sample_size=9), "image_size 9"),
+        (dict(), "Missing key(s) in state_dict"),
+    ],
+)
+def test_published_configurations_that_the_network_cant_be_are_refused_by_name(changes, named, tmp_path):
+    """Each field that changes what diffusers' U-Net computes is held to what ours computes. The last row's is accepted,
+    and its empty file of weights refused."""
+    config = {name: value for name, value in {**SMALLER, **changes}.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=re.escape(named)):
+        ddpm.published(tmp_path)
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
@@ -1874,7 +1923,7 @@ def test_samples_in_batches_do_not_depend_on_their_order(folder):
     """Batch i of a sampling run starts from (seed, i): the first pictures are the same however many follow."""
     assert cli("--train", *TINY, "--steps", 1) == 0
     run = ddpm.Run.read("runs/digits")
-    how = dict(sampler="ddim", sampling_steps=3, individual=True, batch=4)
+    how = dict(sampler="ddim", sampling_steps=3, individual=True, sampling_batch=4)
     seen = []
     for count in (4, 12):
         ddpm.sample(run, count, **how)
@@ -2063,6 +2112,11 @@ REFUSED = [
     ("--train --resume --data mnist", "no checkpoint at runs/mnist"),
     ("--train --resume", "has its 1 steps already"),
     ("--train --resume --steps 5 --dim 64", "--dim does not go with --train --resume"),
+    ("--sample 4 --weights nowhere", "nowhere is no published network .*config.json"),
+    ("--sample 4 --weights picture --data digits", "--data does not go with --weights"),
+    ("--train --weights nowhere", "nowhere is no published network .*config.json"),
+    ("--train --resume --steps 5 --weights nowhere", "--weights does not go with --train --resume"),
+    ("--evaluate --weights nowhere", "--weights does not go with --evaluate"),
     ("--train --resume --out text", "text/checkpoint.pt is no checkpoint"),
     ("--sample 0", "--sample .*0"),
     ("--sample -3", "--sample.*-3"),
@@ -2073,11 +2127,11 @@ REFUSED = [
     ("--sample 4 --out foreign", "foreign/checkpoint.pt is no checkpoint"),
     ("--sample 4 --out cut", "cut/checkpoint.pt is no checkpoint"),
     ("--sample 4 --out evil", "evil/checkpoint.pt is no checkpoint"),
-    ("--sample 4 --sampling-steps 0", "--sampling-steps .*1…50, got 0"),
-    ("--sample 4 --sampling-steps 51", "--sampling-steps .*1…50, got 51"),
-    ("--sample 4 --eta -0.5", "--eta .*-0.5"),
-    ("--sample 4 --eta 1.5", "--eta .*1.5"),
-    ("--sample 4 --eta nan", "--eta .*nan"),
+    ("--sample 4 --sampling-steps 0", "steps must lie in 1…50, got 0"),
+    ("--sample 4 --sampling-steps 51", "steps must lie in 1…50, got 51"),
+    ("--sample 4 --eta -0.5", "eta .*-0.5"),
+    ("--sample 4 --eta 1.5", "eta .*1.5"),
+    ("--sample 4 --eta nan", "eta .*nan"),
     ("--sample 4 --guidance inf", "--guidance .*inf"),
     ("--sample 4 --label 10", "--label must lie in 0…9, got 10"),
     ("--sample 4 --label -1", "--label .*-1"),
