@@ -1691,6 +1691,108 @@ def test_the_log_holds_means(folder):
     np.testing.assert_allclose(rows[1].mean(0), rows[4][0], atol=1e-4)
 
 
+def test_the_log_and_the_bar_count_right(folder, monkeypatch):
+    """With a clock that jumps two seconds whenever it is read, a line of log.csv for 2 steps of 8 pictures says 16
+    pictures in 2 s; time spent on a grid does not count. The bar is told pictures, and where a resumed run stands."""
+    bars, clock = [], iter(range(0, 10**6, 2))
+
+    class Bar:
+        def __init__(self, *_, **how):
+            bars.append((how, []))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, n):
+            bars[-1][1].append(n)
+
+        def set_postfix(self, loss):
+            self.loss = bars[-1][0]["loss"] = loss
+
+    monkeypatch.setattr(ddpm.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(ddpm, "tqdm", Bar)
+    monkeypatch.setattr(ddpm.Run, "grid", lambda run, step: ddpm.time.perf_counter())
+    assert cli("--train", *TINY, "--steps", 4, "--sample-every", 2) == 0
+    assert cli("--train", "--resume", "--steps", 6) == 0
+    rows = [line.split(",") for line in Path("runs/digits/log.csv").read_text().splitlines()]
+    assert rows[0] == ["step", "loss", "gradient_norm", "learning_rate", "images_per_second"]
+    assert [(row[0], row[4]) for row in rows[1:]] == [("2", "8"), ("4", "8"), ("6", "8")]
+    assert [(how["total"], how["initial"], steps) for how, steps in bars] == [(32, 0, [8] * 4), (48, 32, [8] * 2)]
+    assert all(how["unit"] == " images" and how["unit_scale"] is True and how["disable"] is None for how, _ in bars)
+    assert [float(how["loss"]) for how, _ in bars] == pytest.approx([float(rows[i][1]) for i in (2, 3)], abs=1e-4)
+
+
+def test_a_batch_is_reproduced_from_seed_and_step(folder, monkeypatch, capsys):
+    """The batch of step 2 of seed 5, drawn again by hand as the docstring of a failed step says: seed_of(seed, step),
+    then the pictures, t and ε in Algorithm 1's order. The steps still to go are announced."""
+    seen, original = [], GaussianDiffusion.p_losses
+    monkeypatch.setattr(
+        GaussianDiffusion, "p_losses", lambda self, *batch: seen.append(batch[1:]) or original(self, *batch)
+    )
+    assert cli("--train", *TINY, "--steps", 2, "--seed", 5) == 0
+    assert cli("--train", "--resume", "--steps", 5) == 0
+    said = capsys.readouterr().out
+    assert "1,618 pictures of digits" in said and "cpu, 2 steps into" in said and "cpu, 3 steps into" in said
+    images, _ = load_data("digits", split="train")
+    torch.manual_seed(ddpm.seed_of(5, 2))
+    chosen = torch.randint(1618, (8,))
+    x_start, t, noise = images[chosen] / 127.5 - 1, torch.randint(50, (8,)), torch.randn(8, 1, 8, 8)
+    for got, want in zip(seen[2], (x_start, t, noise)):
+        torch.testing.assert_close(got, want)
+
+
+def test_what_watches_training_is_shown_the_averaged_network_ready_to_draw(folder):
+    """watch comes every sample_every steps and at the end, with dropout off and the averages of the checkpoint."""
+    seen = []
+    config = ddpm.preset("digits", dim=8, dim_mults=(1,), steps=5, dropout=0.5, sample_every=2, batch_size=4)
+    ddpm.train(config, watch=lambda run, step: seen.append((step, run, run.model.training)))
+    assert [(step, training) for step, _, training in seen] == [(2, False), (4, False), (5, False)]
+    averaged = {name.removeprefix("module."): value for name, value in weights("runs/digits")["ema"].items()}
+    for name, value in seen[-1][1].model.state_dict().items():
+        assert torch.equal(value, averaged[name])
+
+
+@pytest.mark.parametrize("flags, times", [((), 0), (("--compile",), 1), (("--no-compile",), 0)])
+def test_the_network_is_compiled_when_asked(flags, times, folder, monkeypatch):
+    """On a CPU it is not compiled unless --compile says so: seen from how often torch.compile is called."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda network: calls.append(network) or network)
+    assert cli("--train", *TINY, "--steps", 1, *flags) == 0
+    assert len(calls) == times
+
+
+@pytest.mark.parametrize("at, status", [(1, 130), (2, 130), (3, 0)])
+def test_a_signal_ends_training_after_its_step(at, status, folder, monkeypatch, capsys):
+    """SIGTERM during step 1 or 2 of 3: that step is finished, saved and named, no grid is drawn; during the last the run
+    just ends. The handlers of before are back."""
+    original, steps, grids = GaussianDiffusion.p_losses, [], []
+
+    def signalled(self, *batch):
+        steps.append(1)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *batch)
+
+    monkeypatch.setattr(GaussianDiffusion, "p_losses", signalled)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    ended = cli("--train", *TINY, "--steps", 3, "--sample-every", 1)
+    assert (ended, len(steps), weights("runs/digits")["step"]) == (status, at, at)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert ("--train --resume --out runs/digits" in capsys.readouterr().err) == (status == 130)
+    assert len(list(Path("runs/digits").glob("samples-*.png"))) == at - 1
+
+
+def test_without_labels_when_asked(folder):
+    """--no-conditional learns no labels, though the data have them."""
+    assert cli("--train", *TINY, "--steps", 1, "--no-conditional") == 0
+    assert weights("runs/digits")["num_classes"] is None
+    assert cli("--train", *TINY, "--steps", 1) == 0
+    assert weights("runs/digits")["num_classes"] == 10
+
+
 def guard_resumed_equals_uninterrupted():
     assert cli("--train", *TINY, "--steps", 6, "--out", "whole") == 0
     assert cli("--train", *TINY, "--steps", 6, "--out", "part", "--checkpoint-every", 4) == 0
@@ -1952,7 +2054,8 @@ def test_interrupted_training_leaves_a_checkpoint_and_says_how_to_go_on(folder):
             text=True,
         )
         deadline = time.time() + 120
-        while not Path(out, "log.csv").exists() and time.time() < deadline and process.poll() is None:
+        log = Path(out, "log.csv")
+        while time.time() < deadline and process.poll() is None and not (log.exists() and "\n2," in log.read_text()):
             time.sleep(0.05)
         process.send_signal(number)
         message = process.communicate(timeout=60)[1]
