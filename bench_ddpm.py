@@ -517,7 +517,7 @@ def objectives(lab):
         "L_simple, β̃_t": (dict(schedule="linear"), "fixed_small"),
         "L_hybrid, learned": (dict(variance="learned_range"), "learned_range"),
     }
-    few, rows = (10, 20, 50, 100), []
+    few, rows = (10, 20, 50), []
     figure, (left, right) = lab.plot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     for name, (changes, variance) in kinds.items():
         results, each_t = [], []

@@ -2069,6 +2069,51 @@ def test_interrupted_training_leaves_a_checkpoint_and_says_how_to_go_on(folder):
         assert cli("--train", "--resume", "--out", out, "--steps", step + 1) == 0 and weights(out)["step"] == step + 1
 
 
+def test_killed_again_and_again_a_run_ends_the_same_to_the_bit(folder):
+    """SIGKILL at random moments of a run that saves after every step, then --resume: what is there always loads, nothing
+    half-written is taken for a checkpoint, and the weights at the end are an uninterrupted run's. Twice here;
+    DDPM_TEST_KILLS=20 pytest -k killed does it twenty times."""
+    flags = [*TINY, "--lr-decay", "constant", "--sample-every", "1000000"]
+    command = ["--train", *flags, "--steps", "1000000", "--checkpoint-every", "1", "--out", "cut"]
+    for moment in np.random.default_rng(SEED).uniform(0.1, 0.6, int(os.environ.get("DDPM_TEST_KILLS", 2))):
+        process = subprocess.Popen([sys.executable, HERE / "ddpm.py", *command], stdout=subprocess.PIPE, text=True)
+        deadline = time.time() + 120
+        while not Path("cut/checkpoint.pt").exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        process.stdout.readline()  # "… steps into cut": training goes on
+        time.sleep(moment)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert weights("cut")["step"] > 0
+        command = ["--train", "--resume", "--out", "cut"]
+    steps = weights("cut")["step"] + 3
+    assert cli("--train", "--resume", "--out", "cut", "--steps", steps) == 0
+    assert cli("--train", *flags, "--steps", steps, "--out", "whole") == 0
+    whole, cut = weights("whole"), weights("cut")
+    for name in ("model", "ema", "optimizer", "scheduler", "step"):
+        assert same(whole[name], cut[name]), name
+
+
+def test_evaluate_prints_the_bound_and_its_parts(folder, capsys):
+    """The printed means and standard errors are those of bits_per_dim on the same pictures and noise; rate and
+    distortion add up to the total."""
+    assert cli("--train", *TINY, "--steps", 1) == 0
+    capsys.readouterr()
+    assert cli("--evaluate", 5, "--seed", 3) == 0
+    said = capsys.readouterr().out
+    run, x = ddpm.Run.read("runs/digits"), load_data("digits", split="test")[0][:5] / 127.5 - 1
+    bits = run.diffusion.bits_per_dim(run.model, x, generator=torch.Generator().manual_seed(3))
+    middle = bits["L_{t-1}"].sum(1)
+    assert said.startswith("5 held-out pictures of digits")
+    for name, want in (("L_T", bits["L_T"]), ("L_{T-1}", middle), ("L_0", bits["L_0"]), ("NLL ≤", bits["total"])):
+        mean, error = map(float, re.search(re.escape(name) + r" +([\d.]+) ± ([\d.]+)", said).groups())
+        assert mean == pytest.approx(want.mean().item(), abs=2e-4)
+        assert error == pytest.approx(want.std().item() / 5**0.5, abs=2e-4)
+    rate, distortion, rmse = map(float, re.search(r"rate ([\d.]+), distortion ([\d.]+) \(RMSE ([\d.]+)", said).groups())
+    assert rate + distortion == pytest.approx(bits["total"].mean().item(), abs=3e-4)
+    assert rmse == pytest.approx(127.5 * bits["squared_error"][:, 0].mean().item() ** 0.5, abs=0.01)
+
+
 def test_two_processes_train_as_one(folder):
     """torchrun with two gloo processes: the weights after 3 steps are one process's on the same global batch (to
     float32's rounding), rank 0 alone writes, and their samples are one process's to the byte."""
