@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -545,12 +544,13 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-# Published weights: what config.json must say, what it may also leave out, and their names for our modules.
-PUBLISHED = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
-DEFAULTS = dict(act_fn="silu", attn_norm_num_groups=None, center_input_sample=False, class_embed_type=None,
-                downsample_type="conv", mid_block_scale_factor=1, mid_block_type="UNetMidBlock2D", norm_num_groups=32,
-                num_class_embeds=None, resnet_time_scale_shift="default", time_embedding_dim=None,
-                time_embedding_type="positional", upsample_type="conv")
+# Published weights: what config.json must say, what it may also leave out, and how UNet calls the parts.
+MUST_SAY = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
+MAY_SAY = dict(act_fn="silu", attn_norm_num_groups=None, center_input_sample=False, class_embed_type=None,
+               downsample_type="conv", mid_block_scale_factor=1, mid_block_type="UNetMidBlock2D", norm_num_groups=32,
+               num_class_embeds=None, resnet_time_scale_shift="default", time_embedding_dim=None,
+               time_embedding_type="positional", upsample_type="conv")
+FREE = ("sample_size", "in_channels", "layers_per_block", "dropout", "num_train_timesteps")
 NAMES = {r"time_embedding\.linear_1": "time.0", r"time_embedding\.linear_2": "time.2", "time_emb_proj": "time",
          r"mid_block\.resnets": "mid", r"mid_block\.attentions\.0": "mid.0.attention", "conv_norm_out": "norm_out",
          "conv_shortcut": "shortcut", "group_norm": "norm", r"to_out\.0|proj_attn": "out",
@@ -559,55 +559,61 @@ NAMES = {r"time_embedding\.linear_1": "time.0", r"time_embedding\.linear_2": "ti
 
 def published(folder):
     """The network of a folder like google/ddpm-cifar10-32's: config.json, and diffusion_pytorch_model.bin (torch reads
-    it) or .safetensors (the package of that name does) → UNet's arguments, and the UNet.
+    it) or .safetensors (the package of that name does) → the UNet, and its arguments but for image_channels.
 
     Refused: what can't be read, and, with the field's name, a config.json that asks for what UNet is not."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        shape = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types")
-        size, channels, widths, blocks, down = (config[name] for name in shape)
-        attention, dim = [kind == "AttnDownBlock2D" for kind in down], max(128, widths[0] // 128 * 128)
-        can = dict(PUBLISHED, **DEFAULTS, out_channels=channels, add_attention=any(attention),
-                   block_out_channels=[width // dim * dim for width in widths],
-                   down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
-                   up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)])
-        said = {**DEFAULTS, "add_attention": True, **config}
-        for name in sorted({*can, *config} - {*shape[:2], "layers_per_block", "dropout", "num_train_timesteps"}):
-            if name[0] != "_" and (name not in can or said.get(name, "left out") != can[name]):
-                raise ValueError(f"{name} can't be {said.get(name, 'left out')!r}")
+        shape = published_shape(config)
         file = folder / "diffusion_pytorch_model.bin"
         if file.with_suffix(".safetensors").exists() and not file.exists():
             from safetensors.torch import load_file
             weights = load_file(file.with_suffix(".safetensors"))
         else:
             weights = torch.load(file, map_location="cpu", weights_only=True)
-
-        def place(match):
-            way, level, kind, i = match.groups()
-            many = blocks + (way == "up")
-            i = int(level) * (many + 1) + (many if "samplers" in kind else int(i))
-            return f"{way}.{i}.attention" if kind == "attentions" else f"{way}.{i}"
-
-        ours = {}
-        for name in weights:
-            new = re.sub(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)", place, name)
-            for theirs, name_of_ours in NAMES.items():
-                new = re.sub(theirs, name_of_ours, new)
-            ours[new] = weights[name]
-        for name in [name for name in ours if "qkv.0" in name]:
-            parts = [ours.pop(name.replace("qkv.0", f"qkv.{i}")) for i in range(3)]
-            ours[name.replace("qkv.0", "qkv")] = torch.cat(parts)
-        shape = dict(dim=dim, dim_mults=tuple(width // dim for width in widths), num_res_blocks=blocks, image_size=size,
-                     attn_resolutions=tuple(size >> level for level, here in enumerate(attention) if here))
-        network = UNet(channels, **shape)
-        network.load_state_dict(ours)
+        network = UNet(config["in_channels"], **shape)
+        network.load_state_dict(renamed(weights, shape["num_res_blocks"]))
     except ImportError:
         raise ValueError(f"{folder} holds .safetensors, which need that package: pip install safetensors") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:                                # whatever a foreign file makes the readers raise
         line = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder} is no published network that fits here: {line}") from None
-    return shape, network.eval()
+    return network.eval(), shape
+
+
+def published_shape(config):
+    """UNet's arguments that make it the network of a config.json."""
+    widths, attention = config["block_out_channels"], [kind == "AttnDownBlock2D" for kind in config["down_block_types"]]
+    dim = max(128, widths[0] // 128 * 128)                    # so that all our group norms have 32 groups
+    can = dict(MUST_SAY, **MAY_SAY, out_channels=config["in_channels"], add_attention=any(attention),
+               block_out_channels=[width // dim * dim for width in widths],
+               down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+               up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)])
+    says = {**MAY_SAY, "add_attention": True, **config}
+    for name in sorted({*can, *config}):
+        if name[0] != "_" and name not in FREE and (name not in can or says.get(name, "left out") != can[name]):
+            raise ValueError(f"{name} can't be {says.get(name, 'left out')!r}")
+    return dict(dim=dim, dim_mults=tuple(width // dim for width in widths), num_res_blocks=config["layers_per_block"],
+                attn_resolutions=tuple(config["sample_size"] >> i for i, here in enumerate(attention) if here),
+                image_size=config["sample_size"])
+
+
+def renamed(weights, num_res_blocks):
+    """Published weights under UNet's names; each attention's query, key and value become one."""
+    def place(match):
+        way, level, kind, i = match.groups()
+        blocks = num_res_blocks + (way == "up")
+        i = int(level) * (blocks + 1) + (blocks if "samplers" in kind else int(i))
+        return f"{way}.{i}.attention" if kind == "attentions" else f"{way}.{i}"
+
+    parts = {}
+    for name, weight in weights.items():
+        name = re.sub(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)", place, name)
+        for theirs, ours in NAMES.items():
+            name = re.sub(theirs, ours, name)
+        parts.setdefault(re.sub(r"qkv\.\d", "qkv", name), {})[name] = weight
+    return {name: torch.cat([weight for _, weight in sorted(part.items())]) for name, part in parts.items()}
 
 
 # ---- 5. Data ---------------------------------------------------------------------------------------------------------
@@ -875,7 +881,7 @@ def train(config, checkpoint=None, watch=None):
     torch.manual_seed(config.seed)
     model, diffusion = build(config, images.shape[1], num_classes)
     if config.weights and not checkpoint:
-        start = published(config.weights)[1]
+        start, _ = published(config.weights)
         if start.image_channels != images.shape[1]:
             raise ValueError(f"{config.data} has {images.shape[1]} channels, {config.weights} {start.image_channels}")
         model.load_state_dict(start.state_dict())
@@ -1000,7 +1006,7 @@ class Run:
     @classmethod
     def of_weights(cls, folder, out=None, device=None, bf16=None):
         """Published weights, which were averaged already, with the paper's diffusion."""
-        shape, model = published(folder)
+        model, shape = published(folder)
         config = preset("cifar10", **shape, bf16=bf16, out=out or f"runs/{Path(folder).resolve().name}")
         _, diffusion = build(config, model.image_channels, None)
         device = pick_device(device)
@@ -1195,7 +1201,7 @@ def run_train(given):
             raise ValueError(f"{config.out} has its {checkpoint['step']:,} steps already: --steps N goes on to N")
         out = train(config, checkpoint)
     else:
-        shape = {**published(given["weights"])[0], "conditional": False} if "weights" in given else {}
+        shape = {**published(given["weights"])[1], "conditional": False} if "weights" in given else {}
         for name in shape:
             if name in given:
                 raise ValueError(f"--{name.replace('_', '-')} does not go with --weights, which have their own")

@@ -1402,7 +1402,7 @@ def test_network_equals_diffusers_unet_of_the_published_configuration(tmp_path):
     torch.save(old, tmp_path / "old" / "diffusion_pytorch_model.bin")
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([7, 990])
     for kind in ("bin", "safetensors", "old"):
-        shape, network = ddpm.published(tmp_path / kind)
+        network, shape = ddpm.published(tmp_path / kind)
         assert shape == dict(dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, image_size=32, attn_resolutions=(16,))
         with torch.no_grad():
             want, got = theirs(x, t).sample, network(x, t)
@@ -1430,7 +1430,7 @@ def test_published_weights_draw_what_diffusers_draws(folder):
     assert cli("--train", "--weights", "small", "--dim", 64) == 2
     how = ("--batch-size", 2, "--flip")
     assert cli("--train", "--weights", "small", "--steps", 1, "--lr", 0, *how) == 0
-    for name, weight in ddpm.published("small")[1].state_dict().items():
+    for name, weight in ddpm.published("small")[0].state_dict().items():
         torch.testing.assert_close(weights("runs/digits")["model"][name], weight, rtol=0, atol=0)
 
 
@@ -1457,6 +1457,7 @@ def test_published_weights_draw_what_diffusers_draws(folder):
         (dict(something_new=1), "something_new can't be 1"),
         (dict(sample_size=...), "sample_size"),
         (dict(sample_size="large"), "fits"),
+        (dict(block_out_channels=[]), "fits"),
         (dict(sample_size=9), "image_size 9"),
         (dict(), "Missing key(s) in state_dict"),
     ],
