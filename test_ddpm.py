@@ -301,7 +301,7 @@ def test_equation_15_inverts_equation_4():
     bar = BARS[:, None]
     np.testing.assert_allclose(
         diffusion.predict_x_start(x, t, noise),
-        (x - np.sqrt(1 - bar) * noise.numpy()) / np.sqrt(bar),
+        (x.numpy() - np.sqrt(1 - bar) * noise.numpy()) / np.sqrt(bar),
         rtol=1e-9,
         atol=1e-12,
     )
@@ -314,9 +314,11 @@ def test_equation_11_both_forms_agree_without_the_clamp():
     mean, _, _, x_start = exact().p_mean_variance(lambda x, t: noise, x_t, t, clip_denoised=False)
     beta, bar = BETAS[:, None], BARS[:, None]
     np.testing.assert_allclose(
-        mean, (x_t - beta / np.sqrt(1 - bar) * noise.numpy()) / np.sqrt(1 - beta), rtol=1e-8, atol=1e-9
+        mean, (x_t.numpy() - beta / np.sqrt(1 - bar) * noise.numpy()) / np.sqrt(1 - beta), rtol=1e-8, atol=1e-9
     )
-    np.testing.assert_allclose(x_start, (x_t - np.sqrt(1 - bar) * noise.numpy()) / np.sqrt(bar), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        x_start, (x_t.numpy() - np.sqrt(1 - bar) * noise.numpy()) / np.sqrt(bar), rtol=1e-9, atol=1e-9
+    )
 
 
 def guard_the_clamp_is_on_by_default():
