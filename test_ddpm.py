@@ -546,8 +546,9 @@ def test_loss_of_the_optimal_model_is_its_closed_form():
 
 
 def test_equations_8_9_10_and_12_are_the_same_loss():
-    """Eq. 8: ‖μ̃ − μ_θ‖²/2σ². Eq. 10: the same with ε in place of x_0. Eq. 12: β²/(2σ²α(1−ᾱ)) ‖ε − ε_θ‖². For any
-    network the three agree at every t, each written from the paper, with μ̃ and μ_θ from the code."""
+    """Eq. 8: ‖μ̃ − μ_θ‖²/2σ². Eq. 9: μ̃ of x_t(x_0, ε) and the x_0 that it holds. Eq. 10: μ̃ in terms of ε. Eq. 12:
+    β²/(2σ²α(1−ᾱ)) ‖ε − ε_θ‖². For any network the four agree at every t: Eq. 8 with the code's μ̃ and μ_θ, the others
+    written from the paper."""
     diffusion = exact()
     x, noise, guess = (torch.randn(T, 2, dtype=torch.float64) for _ in range(3))
     t = torch.arange(T)
@@ -555,8 +556,14 @@ def test_equations_8_9_10_and_12_are_the_same_loss():
     mu_tilde, mu = diffusion.q_posterior(x, x_t, t)[0], diffusion.p_mean_variance(lambda *_: guess, x_t, t, False)[0]
     beta, bar = torch.as_tensor(BETAS)[:, None], torch.as_tensor(BARS)[:, None]
     eq8 = (mu_tilde - mu).square() / (2 * beta)
+    bar_before = torch.as_tensor(BARS_PREV)[:, None]
+    x_of = bar.sqrt() * x + (1 - bar).sqrt() * noise  # x_t(x_0, ε)
+    x_0 = (x_of - (1 - bar).sqrt() * noise) / bar.sqrt()
+    moved = bar_before.sqrt() * beta / (1 - bar) * x_0 + (1 - beta).sqrt() * (1 - bar_before) / (1 - bar) * x_of
+    eq9 = (moved - mu).square() / (2 * beta)
     eq10 = ((x_t - beta / (1 - bar).sqrt() * noise) / (1 - beta).sqrt() - mu).square() / (2 * beta)
     eq12 = beta**2 / (2 * beta * (1 - beta) * (1 - bar)) * (noise - guess).square()
+    np.testing.assert_allclose(eq8, eq9, rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(eq8, eq10, rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(eq8, eq12, rtol=1e-6, atol=1e-12)
 
@@ -706,6 +713,49 @@ def test_bound_is_negative_log_likelihood_plus_its_gap():
         total += (both[0] + both[1]).sum().item() / 2
         bar = BARS[0]
         assert total * math.log(2) == pytest.approx(0.5 * (bar * x_0**2 - bar - math.log(1 - bar)), rel=1e-7)
+
+
+@pytest.mark.parametrize("m, s", [(0.0, 1.0), (0.3, 0.5), (-0.4, 0.1)])
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
+def test_bound_is_negative_log_likelihood_plus_the_kl_of_the_paths(m, s, variance):
+    """L = −log p_θ(x_0) + KL(q(x_{1:T}|x_0) ‖ p_θ(x_{1:T}|x_0)). With the optimal ε for N(m, s²), p_θ is one Gaussian on
+    all of x_0 … x_T: its covariance gives both by linear algebra, for a chain of eight steps. The code's terms are
+    quadratic in the noise, so that ±1 averages them exactly; −log p_θ(x_0|x_1) is here a density, not Eq. 13's."""
+    steps, x_0 = 8, 0.6
+    beta = np.linspace(0.05, 0.9, steps)
+    bar = np.cumprod(1 - beta)
+    before = np.append(1.0, bar[:-1])
+    slope = np.sqrt(1 - bar) / (bar * s**2 + 1 - bar)  # ε = slope (x_t − √ᾱ m)
+    a = (1 - beta / np.sqrt(1 - bar) * slope) / np.sqrt(1 - beta)
+    b = beta / np.sqrt(1 - bar) * slope * np.sqrt(bar) * m / np.sqrt(1 - beta)
+    sigma2 = beta if variance == "fixed_large" else (1 - before) / (1 - bar) * beta
+    sigma2 = np.append(beta[0], sigma2[1:])
+
+    mean, mixing = np.zeros(steps + 1), np.zeros((steps + 1, steps + 1))  # (x_0 … x_T) = mean + mixing z
+    mixing[steps, steps] = 1
+    for t in range(steps, 0, -1):
+        mean[t - 1], mixing[t - 1] = a[t - 1] * mean[t] + b[t - 1], a[t - 1] * mixing[t]
+        mixing[t - 1, t - 1] = np.sqrt(sigma2[t - 1])
+    joint = mixing @ mixing.T
+    gain = joint[1:, 0] / joint[0, 0]
+    after, shift = joint[1:, 1:] - np.outer(gain, joint[0, 1:]), mean[1:] + gain * (x_0 - mean[0]) - np.sqrt(bar) * x_0
+    i, j = np.minimum.outer(range(steps), range(steps)), np.maximum.outer(range(steps), range(steps))
+    path = np.sqrt(bar[j] / bar[i]) * (1 - bar[i])
+    kl = np.trace(np.linalg.solve(after, path)) + shift @ np.linalg.solve(after, shift) - steps
+    kl = 0.5 * (kl + np.linalg.slogdet(after)[1] - np.linalg.slogdet(path)[1])
+    want = kl - scipy.stats.norm(mean[0], joint[0, 0] ** 0.5).logpdf(x_0)
+
+    diffusion, model = exact(variance, torch.as_tensor(beta)), optimal(m, s, bar)
+    x, t = torch.full((steps - 1, 1), x_0, dtype=torch.float64), torch.arange(1, steps)
+    flat = lambda x_t, t: model(x_t[..., None, None], t)[..., 0, 0]
+    terms = [
+        diffusion.bound_term(flat, x, diffusion.q_sample(x, t, e * torch.ones_like(x)), t, False)[0] for e in (1, -1)
+    ]
+    got = (terms[0] + terms[1]).sum().item() / 2
+    got += diffusion.bits_per_dim(flat, x[:1], clip_denoised=False)["L_T"].item()
+    error = (x_0 - a[0] * np.sqrt(bar[0]) * x_0 - b[0]) ** 2 + a[0] ** 2 * (1 - bar[0])
+    decoder = 0.5 * np.log(2 * np.pi * sigma2[0]) + error / (2 * sigma2[0])
+    assert got * math.log(2) + decoder == pytest.approx(want, rel=1e-9)
 
 
 def guard_bits_per_dim_is_finite():
