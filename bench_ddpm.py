@@ -319,7 +319,9 @@ def draw(lab, run, count=None, labels=None, diffusion=None, **how):
 
 def with_variance(run, variance):
     """The run's diffusion with another σ_t² of the two fixed ones."""
-    return ddpm.build(dataclasses.replace(run.config, variance=variance), run.model.image_channels, run.model.num_classes)[1]
+    return ddpm.build(
+        dataclasses.replace(run.config, variance=variance), run.model.image_channels, run.model.num_classes
+    )[1]
 
 
 def frechet(a, b):
@@ -482,18 +484,22 @@ def classifier(lab):
 def steps(lab):
     """Exercise 4: DDIM and Algorithm 2 in S steps, the quality and the time of each (DDIM's Table 1)."""
     run, images = base(lab), real(lab)
-    kinds = {"η = 0": dict(eta=0.0), "η = 0.5": dict(eta=0.5)}
-    kinds |= {"β̃_t (η = 1)": "fixed_small", "β_t": "fixed_large"}
+    leading = with_variance(run, "fixed_large")
+    leading.ddim_timesteps = lambda s: list(range(0, leading.timesteps, leading.timesteps // s))[s - 1 :: -1]
+    small, large = with_variance(run, "fixed_small"), with_variance(run, "fixed_large")
+    kinds = {
+        "η = 0": dict(eta=0.0),
+        "η = 0.5": dict(eta=0.5),
+        "η = 1, β̃_t": dict(sampler="ddpm", diffusion=small),
+        "β_t": dict(sampler="ddpm", diffusion=large),
+        "β_t, times that end at t = 0": dict(sampler="ddpm", diffusion=leading),
+    }
     counts = [s for s in (5, 10, 20, 50, 100, 250, 1000) if s <= run.diffusion.timesteps]
     far, seconds = {kind: [] for kind in kinds}, []
     for s in counts:
         for kind, how in kinds.items():
             start = time.perf_counter()
-            if isinstance(how, dict):
-                pixels = draw(lab, run, sampling_steps=s, **how)
-            else:
-                pixels = draw(lab, run, diffusion=with_variance(run, how), sampler="ddpm", sampling_steps=s)
-            far[kind].append(frechet(pixels, images))
+            far[kind].append(frechet(draw(lab, run, sampling_steps=s, **how), images))
             if kind == "η = 0":
                 seconds.append(time.perf_counter() - start)
     rows = [
