@@ -788,7 +788,7 @@ def autocast(config, device):
 
 def seed_of(*numbers):
     """One 32-bit seed out of several numbers, such as (seed, step): a step depends on nothing that came before it."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return np.random.SeedSequence(numbers).generate_state(1).item()
 
 
 def learning_rate(config, step):

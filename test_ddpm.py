@@ -1461,7 +1461,7 @@ def test_network_equals_diffusers_unet_of_the_published_configuration(tmp_path):
         assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
-def test_published_weights_draw_what_diffusers_draws(folder):
+def test_published_weights_draw_what_diffusers_draws(folder, capsys):
     """--sample --weights: 50 steps of DDIM from the same noise end in the picture of diffusers' pipeline parts, to half
     a grey level; Algorithm 2 runs too; and --train --weights starts from them."""
     diffusers = pytest.importorskip("diffusers", reason=NO_DIFFUSERS)
@@ -1480,6 +1480,10 @@ def test_published_weights_draw_what_diffusers_draws(folder):
     assert cli("--sample", 1, "--weights", "small", "--sampler", "ddpm", "--sampling-steps", 3, "--out", "else") == 0
     assert Path("else/samples.png").exists()
     assert cli("--train", "--weights", "small", "--dim", 64) == 2
+    coloured = diffusers.UNet2DModel(**{**SMALLER, "in_channels": 3, "out_channels": 3})
+    coloured.save_pretrained("coloured", safe_serialization=False)
+    assert cli("--train", "--weights", "coloured") == 2
+    assert "digits has 1 channels, coloured 3" in capsys.readouterr().err and not Path("runs/digits").exists()
     how = ("--batch-size", 2, "--flip")
     assert cli("--train", "--weights", "small", "--steps", 1, "--lr", 0, *how) == 0
     for name, weight in ddpm.published("small")[0].state_dict().items():
@@ -1781,12 +1785,14 @@ def test_the_log_and_the_bar_count_right(folder, monkeypatch):
 def test_a_batch_is_reproduced_from_seed_and_step(folder, monkeypatch, capsys):
     """The batch of step 2 of seed 5, drawn again by hand as the docstring of a failed step says: seed_of(seed, step),
     then the pictures, t and ε in Algorithm 1's order. The steps still to go are announced."""
-    seen, original = [], GaussianDiffusion.p_losses
+    seen, seeds, original, seed_of = [], [], GaussianDiffusion.p_losses, ddpm.seed_of
+    monkeypatch.setattr(ddpm, "seed_of", lambda *numbers: seeds.append(numbers) or seed_of(*numbers))
     monkeypatch.setattr(
         GaussianDiffusion, "p_losses", lambda self, *batch: seen.append(batch[1:]) or original(self, *batch)
     )
     assert cli("--train", *TINY, "--steps", 2, "--seed", 5) == 0
     assert cli("--train", "--resume", "--steps", 5) == 0
+    assert [n for n in seeds if n[0] == 5] == [(5, step, *rank) for step in range(5) for rank in ((), (0,))]
     said = capsys.readouterr().out
     assert "1,618 pictures of digits" in said and "cpu, 2 steps into" in said and "cpu, 3 steps into" in said
     images, _ = load_data("digits", split="train")
@@ -1806,6 +1812,7 @@ def test_what_watches_training_is_shown_the_averaged_network_ready_to_draw(folde
     averaged = {name.removeprefix("module."): value for name, value in weights("runs/digits")["ema"].items()}
     for name, value in seen[-1][1].model.state_dict().items():
         assert torch.equal(value, averaged[name])
+    assert weights("runs/digits")["optimizer"]["param_groups"][0]["fused"] is True
 
 
 @pytest.mark.parametrize("flags, times", [((), 0), (("--compile",), 1), (("--no-compile",), 0)])
