@@ -1,6 +1,7 @@
-"""How fast ddpm.py is, and what share of the machine that is.
+"""How fast ddpm.py is, what share of the machine that is, and what the paper's experiments show.
 
-    pytest bench_ddpm.py            # CPU, and CUDA where there is one; a table at the end
+    python bench_ddpm.py NAME       # an experiment of the paper or an exercise of the tutorial; --help lists them
+    pytest bench_ddpm.py            # timings on CPU, and CUDA where there is one; a table at the end
     pip install diffusers           # adds the same network and steps of diffusers, timed in turn with ours
 
 Every share is measured within the run: floating-point operations, counted by torch, a second, over the rate of a large
