@@ -2579,9 +2579,8 @@ def resumed_from_scratch(patch, original=ddpm.run_train):
 
 def integer_dropout(patch, original=ddpm.parse):
     def parse(arguments):
-        given = original(arguments)
-        given.label_dropout = int(given.label_dropout)
-        return given
+        mode, given = original(arguments)
+        return mode, {**given, "label_dropout": int(given["label_dropout"])}
 
     patch.setattr(ddpm, "parse", parse)
 
@@ -2591,7 +2590,7 @@ def guard_resume_without_a_checkpoint_is_refused():
 
 
 def guard_label_dropout_is_a_number():
-    assert ddpm.parse(["--train", "--label-dropout", "0.2"]).label_dropout == 0.2
+    assert ddpm.parse(["--train", "--label-dropout", "0.2"])[1]["label_dropout"] == 0.2
 
 
 def guard_all_steps_are_ddims():
