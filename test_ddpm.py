@@ -1467,6 +1467,7 @@ def test_published_weights_draw_what_diffusers_draws(folder, capsys):
     diffusers = pytest.importorskip("diffusers", reason=NO_DIFFUSERS)
     theirs = randomised(diffusers.UNet2DModel(**SMALLER).eval())
     theirs.save_pretrained("small", safe_serialization=False)
+    Path("small/diffusion_pytorch_model.safetensors").write_bytes(b"")  # .bin goes first
     assert cli("--sample", 2, "--weights", "small", "--individual", "--seed", 5) == 0
     scheduler = diffusers.DDIMScheduler(T, timestep_spacing="trailing", clip_sample=True)
     scheduler.set_timesteps(50)
@@ -1526,6 +1527,20 @@ def test_published_configurations_that_the_network_cant_be_are_refused_by_name(c
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=re.escape(named)):
         ddpm.published(tmp_path)
+
+
+def test_published_weights_that_would_run_code_are_refused_unrun(tmp_path):
+    """A .bin is a pickle, and a pickle may hold any call: this one would make a folder."""
+
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "config.json").write_text(json.dumps(SMALLER))
+    torch.save({"conv_in.weight": Malicious()}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="no published network that fits here"):
+        ddpm.published(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
@@ -1843,6 +1858,23 @@ def test_a_signal_ends_training_after_its_step(at, status, folder, monkeypatch, 
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert ("--train --resume --out runs/digits" in capsys.readouterr().err) == (status == 130)
     assert len(list(Path("runs/digits").glob("samples-*.png"))) == at - 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder, monkeypatch, capsys):
+    """NaN at step 5 (counted from 0) of a run that looks every 4 steps and saved at 4: the message names (seed, step), and
+    the checkpoint of before stays."""
+    original, steps = GaussianDiffusion.p_losses, []
+
+    def broken(self, *batch):
+        steps.append(1)
+        return original(self, *batch) * (math.nan if len(steps) == 6 else 1)
+
+    monkeypatch.setattr(GaussianDiffusion, "p_losses", broken)
+    assert cli("--train", *TINY, "--steps", 8, "--log-every", 4, "--checkpoint-every", 4, "--seed", 7) == 2
+    assert "not finite at (seed 7, step 5); runs/digits/checkpoint.pt" in capsys.readouterr().err
+    assert weights("runs/digits")["step"] == 4 and all(
+        w.isfinite().all() for w in weights("runs/digits")["model"].values()
+    )
 
 
 def test_without_labels_when_asked(folder):
