@@ -88,7 +88,7 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
 
 
 class GaussianDiffusion(nn.Module):
-    """The forward process q, the reverse process p_θ and the losses between them, for a schedule betas (T,).
+    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1) and the losses between them, for betas (T,).
 
     A model is any callable model(x_t, t) → ε_θ, shaped like x_t; t arrives as int64 (B,). With a learned variance it
     returns ε_θ and v stacked on the channels.
@@ -325,7 +325,7 @@ class GaussianDiffusion(nn.Module):
 
     def bound_term(self, model, x_start, x_t, t, clip_denoised):
         """The term of Eq. 5 that x_t holds, in bits/dim (B,), and x̂_0: L_{t−1}, the KL of q(x_{t−1}|x_t, x_0) to
-        p_θ(x_{t−1}|x_t), or at code t = 0 L_0 = −log p_θ(x_0|x_1) by Eq. 13."""
+        p_θ(x_{t−1}|x_t), for a fixed σ_t² that of Eq. 8, 9 and 10; at code t = 0 L_0 = −log p_θ(x_0|x_1) by Eq. 13."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         mean, _, log_variance, predicted_x_start = self.p_mean_variance(model, x_t, t, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
@@ -335,7 +335,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def bits_per_dim(self, model, x_start, clip_denoised=True, generator=None):
-        """The bound on −log₂ p(x_0) in bits per dimension, with its terms (Eq. 5, 13), one draw of ε for each t → dict:
+        """The bound on −log₂ p(x_0) (Eq. 3) in bits/dim, by its terms (Eq. 5, 13), one draw of ε for each t → dict:
         "total" (B,) = "L_T" (B,) + the sum of "L_{t-1}" (B, T−1), column i being code t = i + 1, + "L_0" (B,);
         "squared_error" (B, T), of x̂_0 against x_0 at code t on the [−1, 1] scale, draws Fig. 5.
         x_start holds 8-bit pixels scaled to [−1, 1]; for other data L_0 means nothing."""
@@ -758,15 +758,20 @@ def preset(data, **changes):
     return Config(**{"data": data, **PRESETS.get(data, FOLDER), **changes})
 
 
-def build(config, image_channels, num_classes):
-    """The network and the diffusion that a config asks for."""
+def build_diffusion(config):
+    """The diffusion that a config asks for; the linear schedule's ends are scaled by 1000/T."""
     scale = 1000 / config.timesteps
     betas = (linear_beta_schedule(config.timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
              if config.schedule == "linear" else cosine_beta_schedule(config.timesteps))
+    return GaussianDiffusion(betas, config.variance, config.loss)
+
+
+def build(config, image_channels, num_classes):
+    """The network and the diffusion that a config asks for."""
     model = UNet(image_channels, config.dim, config.dim_mults, config.num_res_blocks, config.attn_resolutions,
                  config.image_size, config.dropout, num_classes=num_classes,
                  learned_variance=config.variance == "learned_range")
-    return model, GaussianDiffusion(betas, config.variance, config.loss)
+    return model, build_diffusion(config)
 
 
 def pick_device(name=None):
@@ -1008,12 +1013,12 @@ class Run:
         """Published weights, which were averaged already, with the paper's diffusion."""
         model, shape = published(folder)
         config = preset("cifar10", **shape, bf16=bf16, out=out or f"runs/{Path(folder).resolve().name}")
-        _, diffusion = build(config, model.image_channels, None)
         device = pick_device(device)
-        return cls(config, model.to(device, memory_format=torch.channels_last), diffusion.to(device))
+        return cls(config, model.to(device, memory_format=torch.channels_last), build_diffusion(config).to(device))
 
     @property
     def device(self):
+        """Where it draws."""
         return self.diffusion.betas.device
 
     def steps(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
