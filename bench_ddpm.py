@@ -269,7 +269,7 @@ def base(lab):
 def trained(lab, seed, **changes):
     """A run with these changes to the data set's preset and the experiment's budget; how far its samples are from the
     data, four times on its way, goes to curve.csv."""
-    name = "-".join([lab.data, str(lab.steps), *(f"{value}" for value in changes.values()), f"seed{seed}"])
+    name = "-".join([lab.data, str(lab.steps), *(f"{value or 'none'}" for value in changes.values()), f"seed{seed}"])
     budget = dict(steps=lab.steps, sample_every=max(1, lab.steps // 4), log_every=max(1, lab.steps // 20))
     config = ddpm.preset(
         lab.data,
@@ -277,12 +277,14 @@ def trained(lab, seed, **changes):
         **budget,
         seed=seed,
         device=lab.device,
-        out=f"runs/experiments/{name}".replace("()", "none"),
+        out=f"runs/experiments/{name}",
     )
 
+    images = real(lab)
+
     def watch(run, step):
-        far = frechet(draw(lab, run, sampling_steps=20), real(lab))
-        with open(Path(config.out) / "curve.csv", "a") as file:
+        far = frechet(draw(lab, run, sampling_steps=20), images)
+        with open(Path(config.out) / "curve.csv", "w" if step == config.sample_every else "a") as file:
             file.write(f"{step},{far}\n")
 
     return finished(config, watch)
@@ -294,7 +296,7 @@ def finished(config, watch=None):
     if (Path(config.out) / "checkpoint.pt").exists():
         checkpoint = ddpm.read_checkpoint(config.out)
         if dataclasses.replace(checkpoint["config"], device=config.device) != config:
-            raise SystemExit(f"bench_ddpm.py: error: {config.out} holds a run with other settings: move it away")
+            raise ValueError(f"{config.out} holds a run with other settings: move it away")
     if checkpoint is None or checkpoint["step"] < config.steps:
         ddpm.train(config, checkpoint, watch)
     return ddpm.Run.read(config.out, config.device)
@@ -313,16 +315,14 @@ def draw(lab, run, count=None, labels=None, diffusion=None, **how):
     parts = []
     for i in tqdm(range(0, count, lab.batch), unit=" batches", leave=False, disable=None):
         part = None if labels is None else labels[i : i + lab.batch]
-        *_, x = run.steps(min(lab.batch, count - i), part, ddpm.seed_of(lab.seed, i), **how)
+        x = ddpm._last(run.steps(min(lab.batch, count - i), part, ddpm.seed_of(lab.seed, i), **how))
         parts.append(ddpm.to_pixels(x).cpu())
     return torch.cat(parts)
 
 
 def with_variance(run, variance):
     """The run's diffusion with another σ_t² of the two fixed ones."""
-    return ddpm.build(
-        dataclasses.replace(run.config, variance=variance), run.model.image_channels, run.model.num_classes
-    )[1]
+    return ddpm.build_diffusion(dataclasses.replace(run.config, variance=variance))
 
 
 def frechet(a, b):
@@ -424,18 +424,21 @@ def attention(lab):
 
 def guidance(lab):
     """Exercise 3: what classifier-free guidance buys and costs, judged by a classifier trained on the real pictures."""
-    run, judge = base(lab), classifier(lab)
+    run = base(lab)
     if not run.model.num_classes:
-        raise SystemExit(f"bench_ddpm.py: error: {lab.data} was learned without labels: guidance needs --data digits")
+        raise ValueError(f"{lab.data} was learned without labels: guidance needs --data digits")
+    judge = classifier(lab)
     images, labels = ddpm.load_data(lab.data, run.config.image_size)
-    scales, rows, examples = (0, 0.5, 1, 2, 4, 8), [], []
+    scales, agreement, diversity, far, examples = (0, 0.5, 1, 2, 4, 8), [], [], [], []
     asked, one_each = run.labels(lab.samples), torch.arange(run.model.num_classes)
+    variance = within(images, labels)
     for w in scales:
         pixels = draw(lab, run, guidance=w)
-        agreement = (judge(ddpm.to_model(pixels)).argmax(1) == asked).float().mean().item()
-        diversity = within(pixels, asked) / within(images, labels)
-        rows.append([w, f"{agreement:.1%}", f"{diversity:.2f}", f"{frechet(pixels, images):.3f}"])
+        agreement.append((judge(ddpm.to_model(pixels)).argmax(1) == asked).float().mean().item())
+        diversity.append(within(pixels, asked) / variance)
+        far.append(frechet(pixels, images))
         examples.append(draw(lab, run, run.model.num_classes, one_each, guidance=w))
+    rows = [[w, f"{a:.1%}", f"{d:.2f}", f"{f:.3f}"] for w, a, d, f in zip(scales, agreement, diversity, far)]
     show_table(["w", "agrees with the label", "variance within a class, real = 1", "distance"], rows)
     figure, (left, *others) = lab.plot.subplots(
         1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=[1, 1.3, 1.3]
@@ -444,13 +447,12 @@ def guidance(lab):
     left.imshow(grid, cmap="gray")
     left.set(xlabel="w", yticks=[])
     left.set_xticks([(i + 0.5) * grid.width / len(scales) for i in range(len(scales))], scales)
-    diversity = [float(row[2]) for row in rows]
-    for ax, i, name in zip(others, (1, 3), ("agrees with the label, %", "Fréchet distance")):
-        values = [float(row[i].rstrip("%")) for row in rows]
+    curves = {"agrees with the label, %": [100 * a for a in agreement], "Fréchet distance": far}
+    for ax, (title, values) in zip(others, curves.items()):
         ax.plot(diversity, values, "o-")
         for w, x, y in zip(scales, diversity, values):
             ax.annotate(f"{w}", (x, y), (3, 4), textcoords="offset points")
-        ax.set(xlabel="variance within a class, real = 1", title=name)
+        ax.set(xlabel="variance within a class, real = 1", title=title)
     return figure
 
 
@@ -524,7 +526,7 @@ def objectives(lab):
         "L_simple, β̃_t": (dict(schedule="linear"), "fixed_small"),
         "L_hybrid, learned": (dict(variance="learned_range"), "learned_range"),
     }
-    few, rows = (10, 20, 50), []
+    few, rows, images = (10, 20, 50), [], real(lab)
     figure, (left, right) = lab.plot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
     for name, (changes, variance) in kinds.items():
         results, each_t = [], []
@@ -533,7 +535,7 @@ def objectives(lab):
             diffusion = with_variance(run, variance)
             terms = bits(lab, run, diffusion)
             ancestral = functools.partial(draw, lab, run, diffusion=diffusion, sampler="ddpm")
-            far = [frechet(ancestral(sampling_steps=s), real(lab)) for s in few]
+            far = [frechet(ancestral(sampling_steps=s), images) for s in few]
             results.append([terms["total"].item(), terms["L_{t-1}"].sum().item(), terms["L_0"].item(), *far])
             each_t.append(torch.cat([terms["L_0"][None], terms["L_{t-1}"]]).cpu())
         columns = list(zip(*results))
@@ -548,11 +550,11 @@ def objectives(lab):
 
 
 def decoding(lab):
-    """Fig. 5 and 6: rate against distortion, and x̂_0 as sampling goes on."""
+    """Fig. 5: rate and distortion as sampling goes on, and one against the other."""
     run = base(lab)
     terms = bits(lab, run)
     rmse = 127.5 * terms["squared_error"].sqrt().flip(0).cpu()
-    rate = (terms["L_T"] + torch.cat([terms["L_0"][None] * 0, terms["L_{t-1}"]]).flip(0).cumsum(0)).cpu()
+    rate = (terms["L_T"] + functional.pad(terms["L_{t-1}"], (1, 0)).flip(0).cumsum(0)).cpu()
     labels = ("reverse steps", "rate, bits/dim", "distortion, RMSE of 255")
     figure, axes = lab.plot.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
     for ax, x, y in zip(axes, (range(len(rmse)), range(len(rmse)), rate), (rmse, rate, rmse)):
@@ -568,16 +570,15 @@ def decoding(lab):
 
 def progress(lab):
     """§2 and Fig. 6 as strips: x_0 drowning in noise; x_t coming out of it; and x̂_0, what the network makes of x_t."""
-    run, last, rows = base(lab), ddpm.preset(lab.data).timesteps - 1, 4
+    run, images, rows = base(lab), real(lab), 4
+    last = run.diffusion.timesteps - 1
     shown = [round(last * i / 11) for i in range(12)]
-    x_start = ddpm.to_model(real(lab)[:: len(real(lab)) // rows][:rows]).to(run.device)
+    x_start = ddpm.to_model(images[:: len(images) // rows][:rows]).to(run.device)
     noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(lab.seed)).to(run.device)
     forwards = [run.diffusion.q_sample(x_start, t, noise) for t in shown]
-    model = functools.partial(run.model)
+    model, labels = run.model, torch.arange(rows, device=run.device) * 3 + 1
     if run.model.num_classes:
-        model = ddpm.classifier_free_guidance(
-            run.model, (torch.arange(rows) * 3 + 1).to(run.device) % run.model.num_classes, 0
-        )
+        model = ddpm.classifier_free_guidance(run.model, labels % run.model.num_classes, 0)
     torch.manual_seed(lab.seed)
     x_t, backwards, guesses = torch.randn_like(x_start), [], []
     with torch.no_grad():
@@ -591,25 +592,27 @@ def progress(lab):
     return ddpm.picture(ddpm.to_pixels(torch.cat(strips)), len(shown))
 
 
+DEPTHS = (999, 750, 500, 250, 125)
+
+
 def sharing(lab):
     """Fig. 7: samples that share x_t, a row for each t: x_0, x_t, and eight pictures that p_θ makes of it."""
-    run, rows = base(lab), []
-    x_start = ddpm.to_model(real(lab)[len(real(lab)) // 3][None]).to(run.device)
-    for t in (999, 750, 500, 250, 125):
+    run, images, rows = base(lab), real(lab), []
+    x_start = ddpm.to_model(images[len(images) // 3][None]).to(run.device)
+    for t in DEPTHS:
         torch.manual_seed(lab.seed)
         x_t = run.diffusion.q_sample(x_start, t)
-        *_, x = run.diffusion.p_sample_steps(run.model, x_t.expand(8, *x_t.shape[1:]), t)
+        x = ddpm._last(run.diffusion.p_sample_steps(run.model, x_t.expand(8, *x_t.shape[1:]), t))
         rows.append(torch.cat([x_start, x_t, x]))
     return ddpm.picture(ddpm.to_pixels(torch.cat(rows)), 10)
 
 
 def interpolation(lab):
     """Fig. 8: between two real pictures, λ from 0 to 1, a row for each depth t."""
-    run, rows = base(lab), []
-    images = real(lab)
+    run, images, rows = base(lab), real(lab), []
     a, b = (ddpm.to_model(images[i][None]).to(run.device) for i in (len(images) // 3, len(images) * 3 // 4))
     weights = torch.linspace(0, 1, 9, device=run.device).reshape(-1, 1, 1, 1)
-    for t in (999, 750, 500, 250, 125):
+    for t in DEPTHS:
         torch.manual_seed(lab.seed)
         many, noise = (9, *a.shape[1:]), torch.randn_like(a)
         x = run.diffusion.interpolate(run.model, a.expand(many), b.expand(many), t, weights, noise.expand(many))
@@ -636,18 +639,21 @@ def main():
     parser.add_argument("--held-out", type=int, default=180, help="held-out pictures whose bits are measured (180)")
     parser.add_argument("--device", help="cuda, mps or cpu; unless said, the first of them that is there")
     parser.add_argument("--pictures", type=Path, default=Path("runs"), help="folder the picture goes to (runs)")
+    parser.error = lambda message: parser.exit(2, f"bench_ddpm.py: error: {message}\n")
     lab = parser.parse_args()
     try:
         lab.plot = importlib.import_module("matplotlib.pyplot")
     except ImportError:
-        parser.exit(2, "bench_ddpm.py: error: the curves are drawn by matplotlib: pip install matplotlib\n")
+        parser.error("the curves are drawn by matplotlib: pip install matplotlib")
     start = time.perf_counter()
-    drawn = globals()[lab.experiment](lab)
-    if drawn:
-        lab.pictures.mkdir(parents=True, exist_ok=True)
-        path = lab.pictures / f"{lab.experiment}.png"
-        drawn.save(path) if hasattr(drawn, "save") else drawn.savefig(path, dpi=90)
-        print(path)
+    try:
+        drawn = globals()[lab.experiment](lab)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    lab.pictures.mkdir(parents=True, exist_ok=True)
+    path = lab.pictures / f"{lab.experiment}.png"
+    drawn.save(path) if hasattr(drawn, "save") else drawn.savefig(path, dpi=90)
+    print(path)
     print(
         f"{(time.perf_counter() - start) / 60:.1f} minutes, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
