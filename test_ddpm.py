@@ -1468,7 +1468,7 @@ def test_published_weights_draw_what_diffusers_draws(folder, capsys):
     theirs = randomised(diffusers.UNet2DModel(**SMALLER).eval())
     theirs.save_pretrained("small", safe_serialization=False)
     Path("small/diffusion_pytorch_model.safetensors").write_bytes(b"")  # .bin goes first
-    assert cli("--sample", 2, "--weights", "small", "--individual", "--seed", 5) == 0
+    assert cli("--sample", 2, "--weights", "small", "--individual", "--seed", 5, "--no-bf16") == 0
     scheduler = diffusers.DDIMScheduler(T, timestep_spacing="trailing", clip_sample=True)
     scheduler.set_timesteps(50)
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(ddpm.seed_of(5, 0)))
@@ -2191,7 +2191,7 @@ def test_evaluate_prints_the_bound_and_its_parts(folder, capsys):
     distortion add up to the total."""
     assert cli("--train", *TINY, "--steps", 1) == 0
     capsys.readouterr()
-    assert cli("--evaluate", 5, "--seed", 3) == 0
+    assert cli("--evaluate", 5, "--seed", 3, "--no-bf16") == 0
     said = capsys.readouterr().out
     run, x = ddpm.Run.read("runs/digits"), load_data("digits", split="test")[0][:5] / 127.5 - 1
     bits = run.diffusion.bits_per_dim(run.model, x, generator=torch.Generator().manual_seed(3))
@@ -2209,7 +2209,7 @@ def test_evaluate_prints_the_bound_and_its_parts(folder, capsys):
 def test_two_processes_train_as_one(folder):
     """torchrun with two gloo processes: the weights after 3 steps are one process's on the same global batch (to
     float32's rounding), rank 0 alone writes, and their samples are one process's to the byte."""
-    flags = [*TINY, "--dropout", "0", "--steps", "3", "--lr", "1e-3"]
+    flags = [*TINY, "--dropout", "0", "--steps", "3", "--lr", "1e-3", "--no-bf16"]
     assert cli("--train", *flags, "--out", "one") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ddpm.py"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
