@@ -2702,7 +2702,7 @@ MUSEUM = [
     (
         19,
         "batch norm",
-        function(ddpm, "group_norm", lambda channels: nn.BatchNorm2d(channels)),
+        function(ddpm, "GroupNorm", lambda channels: nn.BatchNorm2d(channels)),
         guard_samples_of_a_batch_are_independent,
     ),
     (
