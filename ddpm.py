@@ -732,7 +732,7 @@ class Config:
     sample_every: int = option(500, "steps between two sample grids", 1)
     checkpoint_every: int = option(500, "steps between two checkpoints", 1)
     bf16: bool = option(None, "compute in bfloat16; unless said, where the processor has instructions for it")
-    compile: bool = option(None, "torch.compile the network; unless said, on CUDA only")
+    compile: bool = option(None, "torch.compile the network, a minute at the start; unless said, on CUDA only")
     device: str = option(None, "cuda, mps or cpu; unless said, the first of them that is there")
     out: str = option(None, "the run's folder; runs/<data> unless said")
 
@@ -787,6 +787,8 @@ def pick_device(name=None):
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
@@ -795,6 +797,12 @@ def autocast(config, device):
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
         device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
     return torch.autocast(device.type, torch.bfloat16, enabled=native if config.bf16 is None else config.bf16)
+
+
+def compiled(config, device, network, mode=None):
+    """The network through torch.compile, if config.compile says so or, where it is silent, on CUDA."""
+    wanted = device.type == "cuda" if config.compile is None else config.compile
+    return torch.compile(network, mode=mode, dynamic=False) if wanted else network
 
 
 def seed_of(*numbers):
@@ -915,14 +923,11 @@ def train(config, checkpoint=None, watch=None):
         print(f"{len(images):,} pictures of {config.data}, {sum(p.numel() for p in model.parameters()):,} parameters, "
               f"{device}, {config.steps - first:,} steps into {out}")
     network = model
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")
         network = nn.parallel.DistributedDataParallel(model)
-    if config.compile or config.compile is None and device.type == "cuda":
-        network = torch.compile(network)
+    network = compiled(config, device, network)
     mine = slice(rank * config.batch_size // ranks, (rank + 1) * config.batch_size // ranks)
 
     history, since = [], time.perf_counter()
@@ -1003,24 +1008,27 @@ class Run:
     diffusion: GaussianDiffusion
 
     @classmethod
-    def read(cls, out, device=None, bf16=None):
-        """The run of a folder, with its averaged weights."""
-        device = pick_device(device)
-        checkpoint = read_checkpoint(out)
-        config = dataclasses.replace(checkpoint["config"], bf16=bf16)
-        model, diffusion = build(config, checkpoint["image_channels"], checkpoint["num_classes"])
-        ema = AveragedModel(model)
-        ema.load_state_dict(checkpoint["ema"])
-        model = ema.module.to(device, memory_format=torch.channels_last).eval()
-        return cls(config, model, diffusion.to(device))
+    def ready(cls, config, model, device):
+        """A network on the device, as fast there as config lets it: compiled, it is one CUDA graph a call."""
+        model = model.to(device, memory_format=torch.channels_last).eval()
+        return cls(config, compiled(config, device, model, "reduce-overhead"), build_diffusion(config).to(device))
 
     @classmethod
-    def of_weights(cls, folder, out=None, device=None, bf16=None):
+    def read(cls, out, device=None, bf16=None, compile=None):
+        """The run of a folder, with its averaged weights."""
+        device, checkpoint = pick_device(device), read_checkpoint(out)
+        config = dataclasses.replace(checkpoint["config"], bf16=bf16, compile=compile)
+        model, _ = build(config, checkpoint["image_channels"], checkpoint["num_classes"])
+        ema = AveragedModel(model)
+        ema.load_state_dict(checkpoint["ema"])
+        return cls.ready(config, ema.module, device)
+
+    @classmethod
+    def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
         """Published weights, which were averaged already, with the paper's diffusion."""
-        model, shape = published(folder)
-        config = preset("cifar10", **shape, bf16=bf16, out=out or f"runs/{Path(folder).resolve().name}")
-        device = pick_device(device)
-        return cls(config, model.to(device, memory_format=torch.channels_last), build_diffusion(config).to(device))
+        device, (model, shape) = pick_device(device), published(folder)
+        out = out or f"runs/{Path(folder).resolve().name}"
+        return cls.ready(preset("cifar10", **shape, bf16=bf16, compile=compile, out=out), model, device)
 
     @property
     def device(self):
@@ -1070,17 +1078,20 @@ def sample(run, count, label=None, unconditional=False, sampling_batch=64, indiv
            **how):
     """Draw count pictures as Run.steps does and write them into the run's folder → the paths written.
 
-    Batch i starts from (seed, i), so that the pictures do not depend on how many processes share the batches."""
+    Batches are equally large, so that a compiled network sees one shape. Batch i starts from (seed, i), so that the
+    pictures do not depend on how many processes share the batches."""
     if count < 1 or sampling_batch < 1:
         raise ValueError(f"--sample and --sampling-batch must be at least 1, got {count} and {sampling_batch}")
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     quiet = None if rank == 0 else True
-    labels = None if unconditional else run.labels(count, label)
+    batches = math.ceil(count / sampling_batch)
+    size = math.ceil(count / batches)
+    labels = None if unconditional else run.labels(batches * size, label)
     columns = run.model.num_classes if labels is not None and label is None else None
     drawn, frames = {}, []
-    for i in tqdm(range(rank, math.ceil(count / sampling_batch), ranks), unit=" batches", disable=quiet):
-        part = range(count)[i * sampling_batch:(i + 1) * sampling_batch]
-        steps = run.steps(len(part), None if labels is None else labels[part], seed_of(seed, i), **how)
+    for i in tqdm(range(rank, batches, ranks), unit=" batches", disable=quiet):
+        part = None if labels is None else labels[i * size:(i + 1) * size]
+        steps = run.steps(size, part, seed_of(seed, i), **how)
         for x_t in tqdm(steps, unit=" steps", leave=False, disable=quiet):
             if animate and i == 0:
                 frames.append(to_pixels(x_t).cpu())
@@ -1096,7 +1107,7 @@ def sample(run, count, label=None, unconditional=False, sampling_batch=64, indiv
 
     out = Path(run.config.out)
     out.mkdir(parents=True, exist_ok=True)
-    pixels, paths = torch.cat([drawn[i] for i in sorted(drawn)]), [out / "samples.png"]
+    pixels, paths = torch.cat([drawn[i] for i in sorted(drawn)])[:count], [out / "samples.png"]
     write(paths[0], functools.partial(picture(pixels[:1024], columns).save, format="PNG"))
     if individual:
         fresh = out / "individual.part"
@@ -1137,10 +1148,11 @@ def evaluate(run, count, seed=0):
 
 
 FIELDS = [field.name for field in dataclasses.fields(Config)]
-RUN = ("out", "data", "device", "bf16")                                # which run, and what does not change its result
+MACHINE = ("device", "bf16", "compile")
+RUN = ("out", "data", *MACHINE)                                        # which run, and what does not change its result
 MODES = {
     "train": ("train", *FIELDS),
-    "train --resume": ("train", "resume", *RUN, "steps", "log_every", "sample_every", "checkpoint_every", "compile"),
+    "train --resume": ("train", "resume", *RUN, "steps", "log_every", "sample_every", "checkpoint_every"),
     "sample": ("sample", *RUN, "weights", "seed", "sampler", "sampling_steps", "eta", "guidance", "label",
                "unconditional", "sampling_batch", "individual", "animate"),
     "evaluate": ("evaluate", *RUN, "seed"),
@@ -1222,13 +1234,13 @@ def run_train(given):
 
 def run_sample(given):
     """--sample: refuse what does not fit the run, then draw."""
-    device, bf16 = given.pop("device", None), given.pop("bf16", None)
+    machine = {name: given.pop(name) for name in MACHINE if name in given}
     if "weights" in given:
         if "data" in given:
             raise ValueError("--data does not go with --weights, which are no run of a data set")
-        run = Run.of_weights(given["weights"], given.get("out"), device, bf16)
+        run = Run.of_weights(given["weights"], given.get("out"), **machine)
     else:
-        run = Run.read(find_run(given), device, bf16)
+        run = Run.read(find_run(given), **machine)
     how = {name: value for name, value in given.items() if name not in ("sample", "out", "data", "weights")}
     guidance, label, classes = how.get("guidance", 0.0), how.get("label"), run.model.num_classes
     if how.get("sampler") == "ddpm" and "eta" in how:
@@ -1253,7 +1265,7 @@ def main(arguments=None):
         if mode == "sample":
             run_sample(given)
         elif mode == "evaluate":
-            run = Run.read(find_run(given), given.get("device"), given.get("bf16"))
+            run = Run.read(find_run(given), *map(given.get, MACHINE))
             evaluate(run, given["evaluate"], given.get("seed", 0))
         else:
             run_train(given)

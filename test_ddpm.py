@@ -1832,11 +1832,41 @@ def test_what_watches_training_is_shown_the_averaged_network_ready_to_draw(folde
 
 @pytest.mark.parametrize("flags, times", [((), 0), (("--compile",), 1), (("--no-compile",), 0)])
 def test_the_network_is_compiled_when_asked(flags, times, folder, monkeypatch):
-    """On a CPU it is not compiled unless --compile says so: seen from how often torch.compile is called."""
+    """On a CPU it is not compiled unless --compile says so, seen from how torch.compile is called: for static shapes
+    always, for sampling in the mode that captures CUDA graphs. What it returns is what trains and draws, here zeros."""
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network, self.num_classes, self.image_channels = network, 10, 1
+
+        def forward(self, x, t, y=None):
+            return 0 * self.network(x, t, y)
+
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda network: calls.append(network) or network)
-    assert cli("--train", *TINY, "--steps", 1, *flags) == 0
-    assert len(calls) == times
+    monkeypatch.setattr(torch, "compile", lambda network, **how: calls.append(how) or Compiled(network))
+    assert cli("--train", *TINY, "--steps", 1, *flags, "--no-bf16") == 0
+    assert calls == [dict(mode=None, dynamic=False)] * times
+    assert cli("--sample", 2, "--sampling-steps", 1, *flags, "--individual", "--no-bf16") == 0
+    assert calls == [dict(mode=None, dynamic=False), dict(mode="reduce-overhead", dynamic=False)] * times
+    assert cli("--evaluate", 2, *flags) == 0
+    assert len(calls) == 3 * times
+
+
+@pytest.mark.parametrize("count, size, batches", [(9, 3, 3), (7, 4, 2), (3, 3, 1)])
+def test_the_batches_of_sampling_are_equally_large(count, size, batches, folder, monkeypatch):
+    """At most 4 at once, all batches of one shape, the labels going on from one to the next; what is over is left out."""
+    assert cli("--train", *TINY, "--steps", 1) == 0
+    original, seen = ddpm.UNet.forward, []
+
+    def forward(self, x, t, y=None):
+        seen.append((len(x), y.tolist()))
+        return original(self, x, t, y)
+
+    monkeypatch.setattr(ddpm.UNet, "forward", forward)
+    assert cli("--sample", count, "--sampling-batch", 4, "--sampling-steps", 1, "--individual") == 0
+    assert seen == [(size, list(range(i * size, (i + 1) * size))) for i in range(batches)]
+    assert len(list(Path("runs/digits/individual").iterdir())) == count
 
 
 @pytest.mark.parametrize("at, status", [(1, 130), (2, 130), (3, 0)])
