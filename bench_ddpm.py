@@ -4,9 +4,10 @@
     pytest bench_ddpm.py            # timings on CPU, and CUDA where there is one; a table at the end
     pip install diffusers           # adds the same network and steps of diffusers, timed in turn with ours
 
-Every share is measured within the run: floating-point operations, counted by torch, a second, over the rate of a large
-float32 matrix product on the same device. A ratio to diffusers is the median of its times over the median of ours,
-taken alternately. Absolute times depend on the machine and on what else it does; shares and ratios hardly do.
+Every share is measured within the run: floating-point operations a second, counted by torch, over the rate of a large
+matrix product on the same device in the same precision, bfloat16 where ddpm.py would compute in it. A ratio to
+diffusers, which computes as it comes, eagerly in float32, is the median of its times over the median of ours, taken
+alternately. Absolute times depend on the machine and on what else it does; shares and ratios hardly do.
 """
 
 import argparse
@@ -30,17 +31,18 @@ from tqdm import tqdm
 import ddpm
 
 BATCH = {("digits", "cpu"): 128, ("cifar10", "cpu"): 2, ("digits", "cuda"): 2048, ("cifar10", "cuda"): 128}
+HEADING = ("what", "network", "device", "milliseconds", "images/s", "of the matrix rate", "diffusers' time / ours")
 ROWS = []
 
 
 @pytest.fixture(scope="module", autouse=True)
 def table(request):
-    """One table when all is done."""
+    """Memory is kept as ddpm.py's command line keeps it, for diffusers too; one table when all is done."""
+    ddpm.keep_freed_memory()
     yield
-    heading = ("what", "network", "device", "milliseconds", "images/s", "of the matrix rate", "diffusers' time / ours")
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n")
-        for row in [heading, *ROWS]:
+        for row in [HEADING, *ROWS]:
             print("| {:26} | {:7} | {:6} | {:>12} | {:>8} | {:>18} | {:>22} |".format(*row))
 
 
@@ -56,20 +58,35 @@ def timed(work, device):
     return clock(device) - start
 
 
+def autocast(name, device):
+    """The precision that training and sampling have on the device."""
+    return ddpm.autocast(ddpm.preset(name), torch.device(device))
+
+
 @functools.cache
-def matrix_rate(device):
-    """Floating-point operations a second of a float32 matrix product, the best of 20."""
+def matrix_rate(name, device):
+    """Floating-point operations a second of a matrix product, the best of 20."""
     n = 8192 if device == "cuda" else 1536
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    with autocast(name, device):
+        dtype = (a @ b).dtype
+    a, b = a.to(dtype), b.to(dtype)
     return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(20))
+
+
+def flops(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 @functools.cache
 def network(name, device):
+    """The network, and the run that draws from it as --sample does: on CUDA compiled."""
     torch.manual_seed(0)
     channels, classes = (1, 10) if name == "digits" else (3, None)
-    model, diffusion = ddpm.build(ddpm.preset(name), channels, classes)
-    return model.to(device, memory_format=torch.channels_last), diffusion.to(device)
+    model, _ = ddpm.build(ddpm.preset(name), channels, classes)
+    return model, ddpm.Run.ready(ddpm.preset(name), model, torch.device(device))
 
 
 @functools.cache
@@ -108,41 +125,26 @@ def peer(name, device):
 def batch(name, device):
     n, size = BATCH[name, device], 8 if name == "digits" else 32
     x = torch.randn(n, 1 if name == "digits" else 3, size, size, device=device)
-    return (
-        x,
-        torch.randint(1000, (n,), device=device),
-        torch.randint(10, (n,), device=device) if name == "digits" else None,
-    )
+    x = x.contiguous(memory_format=torch.channels_last)
+    t = torch.randint(1000, (n,), device=device)
+    return x, t, torch.randint(10, (n,), device=device) if name == "digits" else None
 
 
-def record(benchmark, what, name, device, work, other=None, rounds=9):
+def record(benchmark, what, name, device, work, operations=0, other=None, rounds=9):
     """Time work, and in turn with it other, and add a row to the table."""
-    for each in (work, other or work):
-        each()
     theirs = []
-    with FlopCounterMode(display=False) as counter:
-        work()
 
-    def both():
+    def before():
         if other:
             theirs.append(timed(other, device))
         return (), {}
 
-    benchmark.pedantic(lambda: timed(work, device), setup=both, rounds=rounds)
+    benchmark.pedantic(lambda: timed(work, device), setup=before, rounds=rounds, warmup_rounds=1 if rounds > 1 else 0)
     seconds, n = benchmark.stats.stats.median, BATCH[name, device]
-    flops = counter.get_total_flops()
-    ROWS.append(
-        (
-            what,
-            name,
-            device,
-            f"{1000 * seconds:.2f}",
-            f"{n / seconds:.0f}",
-            f"{flops / seconds / matrix_rate(device):.0%}" if flops else "",
-            f"{statistics.median(theirs) / seconds:.2f}" if other else "",
-        )
-    )
-    benchmark.extra_info.update(zip(("what", "network", "device", "ms", "images/s", "share", "ratio"), ROWS[-1]))
+    share = f"{operations / seconds / matrix_rate(name, device):.0%}" if operations else ""
+    ratio = f"{statistics.median(theirs) / seconds:.2f}" if other else ""
+    ROWS.append([what, name, device, f"{1000 * seconds:.2f}", f"{n / seconds:.0f}", share, ratio])
+    benchmark.extra_info.update(zip(HEADING, ROWS[-1]))
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it where there is one")
@@ -160,31 +162,35 @@ on_all = pytest.mark.parametrize(
 @on_all
 def test_q_sample(benchmark, name, device):
     x, t, _ = batch(name, device)
-    noise, diffusion = torch.randn_like(x), network(name, device)[1]
+    noise, diffusion = torch.randn_like(x), network(name, device)[1].diffusion
     record(benchmark, "q_sample", name, device, lambda: diffusion.q_sample(x, t, noise), rounds=50)
 
 
 @on_all
 def test_forward(benchmark, name, device):
-    (x, t, y), model, other = batch(name, device), network(name, device)[0].eval(), peer(name, device)
-    last = x.contiguous(memory_format=torch.channels_last)
-    record(
-        benchmark,
-        "network",
-        name,
-        device,
-        torch.inference_mode()(lambda: model(last, t, y)),
-        other and torch.inference_mode()(lambda: other(x, t, y)),
-    )
+    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
+    with torch.no_grad():
+        work = autocast(name, device)(lambda: run.model(x, t, y))
+        record(
+            benchmark,
+            "network",
+            name,
+            device,
+            work,
+            flops(lambda: model(x, t, y)),
+            other and (lambda: other(x, t, y)),
+        )
 
 
 @on_all
 def test_training_step(benchmark, name, device):
-    """Forward, backward, clipping and Adam: what Algorithm 1 costs. Autocast as training decides it, diffusers in
-    float32."""
-    (x, t, y), (model, diffusion), other = batch(name, device), network(name, device), peer(name, device)
-    model.train()
-    last, config = x.contiguous(memory_format=torch.channels_last), ddpm.preset(name)
+    """Forward, backward, clipping and Adam: what Algorithm 1 costs."""
+    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
+    compiled = ddpm.compiled(ddpm.preset(name), torch.device(device), model.train())
+
+    def loss(network):
+        with autocast(name, device):
+            return run.diffusion.p_losses(functools.partial(network, y=y), x, t)
 
     def step(parameters, optimizer, loss):
         loss.backward()
@@ -194,20 +200,14 @@ def test_training_step(benchmark, name, device):
 
     ours = torch.optim.Adam(model.parameters(), 0.0, fused=True)
     theirs = other and torch.optim.AdamW(other.parameters(), 0.0)
-
-    def work():
-        with ddpm.autocast(config, torch.device(device)):
-            loss = diffusion.p_losses(functools.partial(model, y=y), last, t)
-        step(model.parameters(), ours, loss)
-
     record(
         benchmark,
         "training step",
         name,
         device,
-        work,
+        lambda: step(model.parameters(), ours, loss(compiled)),
+        flops(lambda: step(model.parameters(), ours, loss(model))),
         other and (lambda: step(other.parameters(), theirs, (other(x, t, y).sample - x).square().mean())),
-        rounds=7,
     )
     model.eval()
 
@@ -216,46 +216,50 @@ def test_training_step(benchmark, name, device):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_one_step(benchmark, name, device, sampler):
     """One reverse step, network included, against diffusers' network and scheduler."""
-    (x, t, y), (model, diffusion), other = batch(name, device), network(name, device), peer(name, device)
-    last, given = x.contiguous(memory_format=torch.channels_last), functools.partial(model, y=y)
+    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
+    given, time_ = autocast(name, device)(functools.partial(run.model, y=y)), torch.full_like(t, 499)
     if other:
         from diffusers import DDIMScheduler, DDPMScheduler
 
         scheduler = DDPMScheduler(1000) if sampler == "ddpm" else DDIMScheduler(1000, timestep_spacing="trailing")
         scheduler.set_timesteps(50 if sampler == "ddim" else 1000)
     work = (
-        (lambda: diffusion.p_sample(given, last, 500))
+        (lambda: run.diffusion.p_sample(given, x, 499))
         if sampler == "ddpm"
-        else (lambda: diffusion.ddim_sample(given, last, 499, 479))
+        else (lambda: run.diffusion.ddim_sample(given, x, 499, 479))
     )
-    time_ = torch.full_like(t, 499)
-    record(
-        benchmark,
-        f"one {sampler.upper()} step",
-        name,
-        device,
-        torch.inference_mode()(work),
-        other and torch.inference_mode()(lambda: scheduler.step(other(x, time_, y).sample, 499, x)),
-    )
+    with torch.no_grad():
+        record(
+            benchmark,
+            f"one {sampler.upper()} step",
+            name,
+            device,
+            work,
+            flops(lambda: model(x, t, y)),
+            other and (lambda: scheduler.step(other(x, time_, y).sample, 499, x)),
+        )
 
 
 @on_all
 @pytest.mark.parametrize("steps", [10, 50, 1000])
 def test_sampling_end_to_end(benchmark, name, device, steps):
-    """From x_T to x_0 by DDIM; the last column is this over S times the bare network, which the loop may exceed by
-    little."""
-    if device == "cpu" and (steps == 1000 or name == "cifar10" and steps > 10):
-        pytest.skip(f"{steps} steps of {name} take minutes on a CPU: run it on a CUDA device")
-    (x, t, y), (model, diffusion) = batch(name, device), network(name, device)
-    last, given = x.contiguous(memory_format=torch.channels_last), functools.partial(model.eval(), y=y)
-    with torch.inference_mode():
-        bare = lambda: [given(last, t) for _ in range(steps)]
-        loop = lambda: diffusion.ddim_sample_loop(given, x.shape, steps, noise=last)
-        loop(), bare()
-        pairs = [(timed(loop, device), timed(bare, device)) for _ in range(3)]
-        record(benchmark, f"DDIM, S = {steps}", name, device, torch.inference_mode()(loop), rounds=3)
-    ratio = statistics.median(a / b for a, b in pairs)
-    ROWS[-1] = (*ROWS[-1][:-1], f"loop / bare = {ratio:.3f}")
+    """From x_T to x_0 by DDIM. The last column is the time of the loop over that of the network's calls in it."""
+    (x, t, y), (model, run) = batch(name, device), network(name, device)
+    given, inside, whole = autocast(name, device)(functools.partial(run.model, y=y)), [], []
+
+    def watched(x_t, t):
+        start = clock(device)
+        prediction = given(x_t, t)
+        inside.append(clock(device) - start)
+        return prediction
+
+    def loop():
+        whole.append(timed(lambda: run.diffusion.ddim_sample_loop(watched, x.shape, steps, noise=x), device))
+
+    with torch.no_grad():
+        operations = steps * flops(lambda: model(x, t, y))
+    record(benchmark, f"DDIM, S = {steps}", name, device, loop, operations, rounds=1 if steps == 1000 else 5)
+    ROWS[-1][-1] = f"loop / network = {sum(whole) / sum(inside):.3f}"
 
 
 # ---- The paper's experiments and the tutorial's exercises: python bench_ddpm.py NAME ---------------------------------

@@ -11,6 +11,7 @@ float tensors (B, C, H, W) scaled to [−1, 1]; t is int64 (B,), or one plain in
 import argparse
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -56,8 +57,8 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def broadcast(values, x):
-    """(B,) or () → (B, 1, 1, 1), to multiply x (B, C, H, W), whatever number of dimensions x has."""
-    return values.reshape(-1, *[1] * (x.dim() - 1))
+    """(B,) or () → (B, 1, 1, 1), to multiply x (B, C, H, W), whatever number of dimensions x has; a number stays one."""
+    return values.reshape(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(values) else values
 
 
 def _randn(shape, like, generator):
@@ -137,10 +138,11 @@ class GaussianDiffusion(nn.Module):
         self._alphas_cumprod = F.pad(alphas_cumprod, (1, 0), value=1.0)          # float64, x_0's own ᾱ = 1 in front
 
     def _alpha_bar(self, t):
-        return self._alphas_cumprod[t.cpu() + 1]                                 # t = −1 is x_0
+        """ᾱ_t in float64, a number for a number; t = −1 is x_0."""
+        return self._alphas_cumprod[t.cpu() + 1] if torch.is_tensor(t) else self._alphas_cumprod[t + 1].item()
 
     def _check(self, x, t, *others):
-        """Refuse what would broadcast or wrap around in silence; return t as int64 (B,)."""
+        """Refuse what would broadcast or wrap around in silence; return t."""
         if not x.is_floating_point():
             raise ValueError(f"pictures must be floats scaled to [-1, 1], got {x.dtype}")
         for other in others:
@@ -149,7 +151,7 @@ class GaussianDiffusion(nn.Module):
         if not torch.is_tensor(t):
             if not 0 <= t < self.timesteps:
                 raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
-            return torch.full((len(x),), t, device=x.device)
+            return t
         if t.shape != x.shape[:1] or t.dtype != torch.int64:
             raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
         if t.device.type == "cpu" and not ((0 <= t) & (t < self.timesteps)).all():   # elsewhere the look would wait
@@ -158,7 +160,8 @@ class GaussianDiffusion(nn.Module):
 
     def _predict(self, model, x_t, t):
         """ε_θ(x_t, t), and v or None."""
-        prediction = model(x_t, t)
+        t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
+        prediction = model(x_t, t).to(x_t.dtype)
         channels = x_t.shape[1] * (2 if self.variance == "learned_range" else 1)
         if prediction.shape != (len(x_t), channels, *x_t.shape[2:]):
             raise ValueError(f"with variance={self.variance} and x_t {tuple(x_t.shape)} the model must return "
@@ -290,21 +293,20 @@ class GaussianDiffusion(nn.Module):
         Algorithm 2 with σ_t² = β̃_t. A clamped x̂_0 takes its ε with it, so that the two still explain x_t."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0…1, got {eta}")
-        time, before = torch.as_tensor(t), torch.as_tensor(prev_t)
         t = self._check(x_t, t, noise)
-        if not ((-1 <= before) & (before < time)).all():
-            raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={time.tolist()}")
+        if not torch.as_tensor((-1 <= prev_t) & (prev_t < t)).all():
+            raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={t}")
         predicted_noise, _ = self._predict(model, x_t, t)
         x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
             predicted_noise = self.predict_noise(x_t, t, x_start)
-        z = _randn(x_t.shape, x_t, generator) if noise is None else noise
+        z = (_randn(x_t.shape, x_t, generator) if eta else 0) if noise is None else noise
 
-        alpha_bar_t, alpha_bar_s = self._alpha_bar(time), self._alpha_bar(before)
-        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt() * (1 - alpha_bar_t / alpha_bar_s).sqrt()
-        to_x_start, to_noise = alpha_bar_s.sqrt(), (1 - alpha_bar_s - sigma.square()).sqrt()
-        to_x_start, to_noise, sigma = (broadcast(c, x_t).to(x_t.dtype).to(x_t.device)
+        alpha_bar_t, alpha_bar_s = self._alpha_bar(t), self._alpha_bar(prev_t)
+        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)) ** 0.5 * (1 - alpha_bar_t / alpha_bar_s) ** 0.5
+        to_x_start, to_noise = alpha_bar_s**0.5, (1 - alpha_bar_s - sigma**2) ** 0.5
+        to_x_start, to_noise, sigma = (broadcast(c, x_t).to(x_t.dtype).to(x_t.device) if torch.is_tensor(c) else c
                                        for c in (to_x_start, to_noise, sigma))
         return to_x_start * x_start + to_noise * predicted_noise + sigma * z
 
@@ -330,7 +332,7 @@ class GaussianDiffusion(nn.Module):
         mean, _, log_variance, predicted_x_start = self.p_mean_variance(model, x_t, t, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
         decoder = -discretized_gaussian_log_likelihood(x_start, mean, log_variance)
-        term = torch.where(broadcast(self._check(x_t, t) == 0, x_t), decoder, kl)
+        term = torch.where(broadcast(torch.as_tensor(t == 0, device=x_t.device), x_t), decoder, kl)
         return term.flatten(1).mean(1) / math.log(2), predicted_x_start
 
     @torch.no_grad()
@@ -799,6 +801,16 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=native if config.bf16 is None else config.bf16)
 
 
+def keep_freed_memory():
+    """Have glibc keep what a step frees for the next one. To hand it back and take it again, page by page, is a third of
+    a small network's time on a CPU. Without glibc nothing happens."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                                  # as malloc.h has them
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+
+
 def compiled(config, device, network, mode=None):
     """The network through torch.compile, if config.compile says so or, where it is silent, on CUDA."""
     wanted = device.type == "cuda" if config.compile is None else config.compile
@@ -1259,6 +1271,7 @@ def run_sample(given):
 def main(arguments=None):
     """What the user can put right ends in one line and status 2, an interruption in one line and status 130."""
     mode, given = parse(arguments)
+    keep_freed_memory()
     try:
         if not 0 <= given.get("seed", 0) < 2**32:
             raise ValueError(f"--seed must lie in 0…{2**32 - 1}, got {given['seed']}")

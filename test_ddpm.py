@@ -896,6 +896,22 @@ def test_eta_0_is_deterministic_and_eta_above_0_is_not():
     assert torch.equal(diffusion.ddim_sample_loop(model, x_T.shape, 10, noise=x_T), runs[0.0][0])  # η defaults to 0
 
 
+def test_a_model_in_bfloat16_is_used_in_the_precision_of_x_t():
+    """ε in bfloat16, as autocast gives it, is the same numbers as in float32, and so is all that is made of it."""
+    diffusion, x_t, noise = GaussianDiffusion(BETAS), torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    model = lambda x, t: torch.tanh(x).bfloat16()
+    in_float32 = lambda x, t: model(x, t).float()
+    for t, s in ((500, 400), (torch.tensor([500, 3]), torch.tensor([400, 1]))):
+        for clip in (False, True):
+            for use in (
+                lambda m: diffusion.ddim_sample(m, x_t, t, s, 0.5, clip, noise=noise),
+                lambda m: diffusion.p_sample(m, x_t, t, clip, noise=noise),
+                lambda m: diffusion.score(m, x_t, t),
+                lambda m: diffusion.p_losses(m, x_t, t, noise),
+            ):
+                assert use(model).dtype == torch.float32 and torch.equal(use(model), use(in_float32))
+
+
 def guard_eta_1_over_all_steps_is_algorithm_2():
     model = lambda x, t: torch.tanh(x + t.reshape(-1, 1, 1, 1) / T)
     diffusion = exact("fixed_small")
