@@ -15,9 +15,14 @@ import csv
 import dataclasses
 import functools
 import importlib
+import multiprocessing
+import resource
 import statistics
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -26,6 +31,7 @@ from scipy import linalg
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import ddpm
@@ -624,7 +630,45 @@ def interpolation(lab):
     return ddpm.picture(ddpm.to_pixels(torch.cat(rows)), 11)
 
 
-EXPERIMENTS = (schedules, attention, guidance, steps, objectives, decoding, progress, sharing, interpolation)
+def training_cost(batch, size, device):
+    """Seconds and peak bytes of a step of ddpm.train, the paper's settings but for the batch and the pictures' size."""
+    ddpm.keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(4):
+            noise = torch.randint(256, (3, size, size), dtype=torch.uint8)
+            to_pil_image(noise).save(Path(folder) / f"{i}.png")
+        shape = dict(data=folder, image_size=size, batch_size=batch, device=device)
+        config = dataclasses.replace(ddpm.preset("cifar10"), **shape, steps=3, log_every=1, out=f"{folder}/run")
+        ddpm.train(config, watch=lambda run, step: None)
+        seconds = batch / column(SimpleNamespace(config=config), "images_per_second")[1][-1]
+    if torch.cuda.is_available():
+        return seconds, torch.cuda.max_memory_allocated()
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cost(lab):
+    """What a training step of the paper's network costs, in time and in memory, by batch and by pixels."""
+    figure, axes = lab.plot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
+    rows = []
+    for what, cases in {"batch": [(n, 32) for n in (16, 32, 64, 128)], "size": [(16, n) for n in (16, 32, 64)]}.items():
+        results = []
+        for case in cases:  # each in a process of its own, which alone knows its peak
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+                results.append(fresh.submit(training_cost, *case, lab.device).result())
+        for (n, size), (seconds, peak) in zip(cases, results):
+            rows.append([n, f"{size}×{size}", f"{seconds:.2f}", f"{1000 * seconds / n:.0f}", f"{peak / 2**30:.2f}"])
+        for ax, values, unit in zip(axes, zip(*results), (1, 2**30)):
+            ax.plot(
+                [n * size**2 / 1024 for n, size in cases], [value / unit for value in values], "o-", label=f"by {what}"
+            )
+    axes[0].set(xlabel="batch × pixels / 32²", title="seconds a step", xlim=0, ylim=0)
+    axes[1].set(xlabel="batch × pixels / 32²", title="peak memory, GiB", xlim=0, ylim=0)
+    axes[0].legend()
+    show_table(["batch", "pixels", "seconds a step", "milliseconds a picture", "peak, GiB"], rows)
+    return figure
+
+
+EXPERIMENTS = (schedules, attention, guidance, steps, objectives, decoding, progress, sharing, interpolation, cost)
 
 
 def main():

@@ -1889,7 +1889,7 @@ def test_the_batches_of_sampling_are_equally_large(count, size, batches, folder,
 def test_a_signal_ends_training_after_its_step(at, status, folder, monkeypatch, capsys):
     """SIGTERM during step 1 or 2 of 3: that step is finished, saved and named, no grid is drawn; during the last the run
     just ends. The handlers of before are back."""
-    original, steps, grids = GaussianDiffusion.p_losses, [], []
+    original, steps = GaussianDiffusion.p_losses, []
 
     def signalled(self, *batch):
         steps.append(1)
