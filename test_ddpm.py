@@ -2252,26 +2252,60 @@ def test_evaluate_prints_the_bound_and_its_parts(folder, capsys):
     assert rmse == pytest.approx(127.5 * bits["squared_error"][:, 0].mean().item() ** 0.5, abs=0.01)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ddpm.py"]
+ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1")
+
+
 def test_two_processes_train_as_one(folder):
     """torchrun with two gloo processes: the weights after 3 steps are one process's on the same global batch (to
-    float32's rounding), rank 0 alone writes, and their samples are one process's to the byte."""
-    flags = [*TINY, "--dropout", "0", "--steps", "3", "--lr", "1e-3", "--no-bf16"]
-    assert cli("--train", *flags, "--out", "one") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ddpm.py"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    subprocess.run([*torchrun, "--train", *flags, "--out", "two"], check=True, capture_output=True, env=environment)
-    one, two = weights("one"), weights("two")
-    for name, value in one["model"].items():
-        torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=2e-5)
+    float32's rounding), and so they are at step 5, gone on with by as many processes as the other began with. Rank 0
+    alone writes, and their samples are one process's to the byte."""
+    flags = [*TINY, "--dropout", "0", "--lr", "1e-3", "--lr-decay", "constant", "--no-bf16"]
+
+    def close(one, two):
+        for name, value in one["model"].items():
+            torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=2e-5)
+
+    def as_two(*arguments):
+        job = subprocess.run([*TORCHRUN, *map(str, arguments)], check=True, capture_output=True, env=ONE_THREAD)
+        assert b"images/s" not in job.stderr and b"batches" not in job.stderr  # no bars where nobody looks
+
+    assert cli("--train", *flags, "--steps", 3, "--out", "one") == 0
+    as_two("--train", *flags, "--steps", 3, "--out", "two")
+    close(weights("one"), weights("two"))
     assert len(Path("two/log.csv").read_text().splitlines()) == len(Path("one/log.csv").read_text().splitlines())
+    as_two("--train", "--resume", "--steps", 5, "--out", "one")
+    assert cli("--train", "--resume", "--steps", 5, "--out", "two", "--no-bf16") == 0
+    assert weights("one")["step"] == weights("two")["step"] == 5
+    close(weights("one"), weights("two"))
     sampling = ["--sample", "6", "--sampling-batch", "2", "--sampling-steps", "4", "--out", "two", "--individual"]
-    subprocess.run([*torchrun, *sampling], check=True, capture_output=True, env=environment)
+    as_two(*sampling)
     shared = [p.read_bytes() for p in sorted(Path("two/individual").iterdir())]
     assert cli(*sampling) == 0
     assert len(shared) == 6 and shared == [p.read_bytes() for p in sorted(Path("two/individual").iterdir())]
 
 
-# ---- What is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank's process in /proc: run it on Linux")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_one_of_two_processes_ends_both(number, folder):
+    """SIGTERM to rank 1 alone: both stop after the same step, rank 0 having saved it. SIGKILL: the job ends with a
+    message that names rank and signal. Either way it ends in failure, and one process goes on from the checkpoint."""
+    command = [*TORCHRUN, "--train", *TINY, "--steps", "1000000", "--checkpoint-every", "5"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    deadline = time.time() + 120
+    while not Path("runs/digits/checkpoint.pt").exists() and job.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    (rank_1,) = (int(child) for child in children if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes())
+    os.kill(rank_1, number)
+    _, said = job.communicate(timeout=120)
+    step = weights("runs/digits")["step"]
+    assert job.returncode != 0
+    assert (
+        f"stopped after step {step:,};" if number == signal.SIGTERM else f"Signal 9 (SIGKILL) received by PID {rank_1}"
+    ) in said
+    assert cli("--train", "--resume", "--steps", step + 2) == 0
+    assert weights("runs/digits")["step"] == step + 2
 
 
 def test_writing_is_all_or_nothing(folder):
