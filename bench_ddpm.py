@@ -45,11 +45,12 @@ ROWS = []
 def table(request):
     """Memory is kept as ddpm.py's command line keeps it, for diffusers too; one table when all is done."""
     ddpm.keep_freed_memory()
+    request.config._benchmarksession.quiet = True
     yield
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n")
-        for row in [HEADING, *ROWS]:
-            print("| {:26} | {:7} | {:6} | {:>12} | {:>8} | {:>18} | {:>22} |".format(*row))
+        for row in [HEADING, ["-" * 14, "-" * 7, "-" * 6, *["---:"] * 4], *ROWS]:
+            print("| {:14} | {:7} | {:6} | {:>12} | {:>10} | {:>18} | {:>22} |".format(*row))
 
 
 def clock(device):
@@ -149,7 +150,17 @@ def record(benchmark, what, name, device, work, operations=0, other=None, rounds
     seconds, n = benchmark.stats.stats.median, BATCH[name, device]
     share = f"{operations / seconds / matrix_rate(name, device):.0%}" if operations else ""
     ratio = f"{statistics.median(theirs) / seconds:.2f}" if other else ""
-    ROWS.append([what, name, device, f"{1000 * seconds:.2f}", f"{n / seconds:.0f}", share, ratio])
+    ROWS.append(
+        [
+            what,
+            name,
+            device,
+            f"{1000 * seconds:,.{2 if seconds < 1 else 0}f}",
+            f"{n / seconds:,.{'0f' if n > 10 * seconds else '2g'}}",
+            share,
+            ratio,
+        ]
+    )
     benchmark.extra_info.update(zip(HEADING, ROWS[-1]))
 
 
