@@ -1145,8 +1145,8 @@ def evaluate(run, count, seed=0):
     images, _ = load_data(run.config.data, run.config.image_size, run.device, split="test")
     if not len(images):
         raise ValueError(f"{run.config.data} holds too few pictures to have kept any from training: it takes ten")
-    generator, terms = torch.Generator(run.device).manual_seed(seed), []
-    for pixels in tqdm(images[:count].split(250), unit=" batches", disable=None):
+    generator, terms, images = torch.Generator(run.device).manual_seed(seed), [], images[:count]
+    for pixels in tqdm(images.chunk(math.ceil(len(images) / 250)), unit=" batches", disable=None):
         with autocast(run.config, run.device):
             terms.append(run.diffusion.bits_per_dim(run.model, to_model(pixels), generator=generator))
     bits = {name: torch.cat([term[name] for term in terms]) for name in terms[0]}
