@@ -720,7 +720,7 @@ class Config:
                            choices=("fixed_large", "fixed_small", "learned_range"))
     loss: str = option("simple", "Eq. 14, or the bound of Eq. 5", choices=("simple", "bound"))
     weights: str = option(None, "a folder of published weights to start from, or with --sample to draw from")
-    steps: int = option(1000, "training steps", 1)
+    steps: int = option(1200, "training steps", 1)
     batch_size: int = option(128, "pictures a step, over all processes together", 1)
     lr: float = option(3e-3, "Adam's learning rate", 0, 1)
     warmup: int = option(50, "steps over which the learning rate rises from 0", 0)
@@ -733,7 +733,8 @@ class Config:
     log_every: int = option(50, "steps between two lines of log.csv", 1)
     sample_every: int = option(500, "steps between two sample grids", 1)
     checkpoint_every: int = option(500, "steps between two checkpoints", 1)
-    bf16: bool = option(None, "compute in bfloat16; unless said, where the processor has instructions for it")
+    bf16: bool = option(None, "compute in bfloat16; unless said, where the processor has instructions for "
+                        "it, which on a CPU is 1.2 (digits) to 1.5 times (the paper's network) as fast")
     compile: bool = option(None, "torch.compile the network, a minute at the start; unless said, on CUDA only")
     device: str = option(None, "cuda, mps or cpu; unless said, the first of them that is there")
     out: str = option(None, "the run's folder; runs/<data> unless said")
@@ -795,7 +796,8 @@ def pick_device(name=None):
 
 
 def autocast(config, device):
-    """bfloat16 where the processor computes in it: it costs no quality and about halves the time."""
+    """bfloat16 where the processor computes in it: it costs no quality, and a CPU that has it trains the digits 1.2 times
+    and the paper's network 1.5 times as fast."""
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
         device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
     return torch.autocast(device.type, torch.bfloat16, enabled=native if config.bf16 is None else config.bf16)
