@@ -1497,10 +1497,10 @@ def test_published_weights_draw_what_diffusers_draws(folder, capsys):
         assert np.abs(drawn - (want[0].clamp(-1, 1).numpy() + 1) * 127.5).max() < 0.51
     assert cli("--sample", 1, "--weights", "small", "--sampler", "ddpm", "--sampling-steps", 3, "--out", "else") == 0
     assert Path("else/samples.png").exists()
-    assert cli("--train", "--weights", "small", "--dim", 64) == 2
+    assert cli("--train", "--weights", "small", "--dim", 64, "--steps", 1) == 2
     coloured = diffusers.UNet2DModel(**{**SMALLER, "in_channels": 3, "out_channels": 3})
     coloured.save_pretrained("coloured", safe_serialization=False)
-    assert cli("--train", "--weights", "coloured") == 2
+    assert cli("--train", "--weights", "coloured", "--steps", 1) == 2
     assert "digits has 1 channels, coloured 3" in capsys.readouterr().err and not Path("runs/digits").exists()
     how = ("--batch-size", 2, "--flip")
     assert cli("--train", "--weights", "small", "--steps", 1, "--lr", 0, *how) == 0
