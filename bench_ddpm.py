@@ -22,7 +22,6 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -92,8 +91,8 @@ def network(name, device):
     """The network, and the run that draws from it as --sample does: on CUDA compiled."""
     torch.manual_seed(0)
     channels, classes = (1, 10) if name == "digits" else (3, None)
-    model, _ = ddpm.build(ddpm.preset(name), channels, classes)
-    return model, ddpm.Run.ready(ddpm.preset(name), model, torch.device(device))
+    model, diffusion = ddpm.build(ddpm.preset(name), channels, classes)
+    return model, ddpm.Run.ready(ddpm.preset(name), model, diffusion, torch.device(device))
 
 
 @functools.cache
@@ -187,13 +186,12 @@ def test_q_sample(benchmark, name, device):
 def test_forward(benchmark, name, device):
     (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
     with torch.no_grad():
-        work = autocast(name, device)(lambda: run.model(x, t, y))
         record(
             benchmark,
             "network",
             name,
             device,
-            work,
+            autocast(name, device)(lambda: run.model(x, t, y)),
             flops(lambda: model(x, t, y)),
             other and (lambda: other(x, t, y)),
         )
@@ -380,9 +378,9 @@ def show_table(heading, rows):
         print("| " + " | ".join(map(str, row)) + " |")
 
 
-def column(run, name):
-    """A column of a run's log.csv, with the steps."""
-    with open(Path(run.config.out) / "log.csv") as file:
+def column(out, name):
+    """A column of the log.csv in a run's folder, with the steps."""
+    with open(Path(out) / "log.csv") as file:
         rows = list(csv.DictReader(file))
     return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
 
@@ -394,7 +392,9 @@ def curve(run):
 def draw_curves(axes, groups):
     """Loss and distance against steps: a line a group, a thin one a seed."""
     for colour, (name, runs) in zip(("C0", "C1", "C2"), groups.items()):
-        for ax, lines in zip(axes, ([column(run, "loss") for run in runs], [tuple(curve(run)) for run in runs])):
+        for ax, lines in zip(
+            axes, ([column(run.config.out, "loss") for run in runs], [tuple(curve(run)) for run in runs])
+        ):
             for steps, values in lines:
                 ax.plot(steps, values, colour, alpha=0.3, lw=1)
             ax.plot(lines[0][0], numpy.mean([values for _, values in lines], 0), colour, label=name)
@@ -433,7 +433,7 @@ def attention(lab):
     rows = []
     for name, runs in groups.items():
         parameters = f"{sum(p.numel() for p in runs[0].model.parameters()):,}"
-        loss = [statistics.mean(column(run, "loss")[1][-5:]) for run in runs]
+        loss = [statistics.mean(column(run.config.out, "loss")[1][-5:]) for run in runs]
         far = [list(curve(run))[1][-1] for run in runs]
         rows.append([name, parameters, spread(loss, 4), spread(far)])
     figure, axes = lab.plot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
@@ -650,9 +650,9 @@ def training_cost(batch, size, device):
             to_pil_image(noise).save(Path(folder) / f"{i}.png")
         shape = dict(data=folder, image_size=size, batch_size=batch, device=device)
         config = dataclasses.replace(ddpm.preset("cifar10"), **shape, steps=3, log_every=1, out=f"{folder}/run")
-        ddpm.train(config, watch=lambda run, step: None)
-        seconds = batch / column(SimpleNamespace(config=config), "images_per_second")[1][-1]
-    if torch.cuda.is_available():
+        out = ddpm.train(config, watch=lambda run, step: None)
+        seconds = batch / column(out, "images_per_second")[1][-1]
+    if ddpm.pick_device(device).type == "cuda":
         return seconds, torch.cuda.max_memory_allocated()
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -660,18 +660,20 @@ def training_cost(batch, size, device):
 def cost(lab):
     """What a training step of the paper's network costs, in time and in memory, by batch and by pixels."""
     figure, axes = lab.plot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    rows = []
-    for what, cases in {"batch": [(n, 32) for n in (16, 32, 64, 128)], "size": [(16, n) for n in (16, 32, 64)]}.items():
-        results = []
-        for case in cases:  # each in a process of its own, which alone knows its peak
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-                results.append(fresh.submit(training_cost, *case, lab.device).result())
-        for (n, size), (seconds, peak) in zip(cases, results):
-            rows.append([n, f"{size}×{size}", f"{seconds:.2f}", f"{1000 * seconds / n:.0f}", f"{peak / 2**30:.2f}"])
-        for ax, values, unit in zip(axes, zip(*results), (1, 2**30)):
-            ax.plot(
-                [n * size**2 / 1024 for n, size in cases], [value / unit for value in values], "o-", label=f"by {what}"
-            )
+    lines = {"batch": [(16, 32), (32, 32), (64, 32), (128, 32)], "size": [(16, 16), (16, 32), (16, 64)]}
+    seconds, peaks = {}, {}
+    for case in sorted({*lines["batch"], *lines["size"]}):  # each in a process of its own, which alone knows its peak
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            seconds[case], peak = fresh.submit(training_cost, *case, lab.device).result()
+            peaks[case] = peak / 2**30
+    for what, cases in lines.items():
+        for ax, values in zip(axes, (seconds, peaks)):
+            x = [n * size**2 / 1024 for n, size in cases]
+            ax.plot(x, [values[case] for case in cases], "o-", label=f"by {what}")
+    rows = [
+        [n, f"{size}×{size}", f"{seconds[n, size]:.2f}", f"{1000 * seconds[n, size] / n:.0f}", f"{peak:.2f}"]
+        for (n, size), peak in peaks.items()
+    ]
     axes[0].set(xlabel="batch × pixels / 32²", title="seconds a step", xlim=0, ylim=0)
     axes[1].set(xlabel="batch × pixels / 32²", title="peak memory, GiB", xlim=0, ylim=0)
     axes[0].legend()

@@ -142,7 +142,7 @@ class GaussianDiffusion(nn.Module):
         return self._alphas_cumprod[t.cpu() + 1] if torch.is_tensor(t) else self._alphas_cumprod[t + 1].item()
 
     def _check(self, x, t, *others):
-        """Refuse what would broadcast or wrap around in silence; return t."""
+        """Refuse what would broadcast or wrap around in silence."""
         if not x.is_floating_point():
             raise ValueError(f"pictures must be floats scaled to [-1, 1], got {x.dtype}")
         for other in others:
@@ -151,12 +151,10 @@ class GaussianDiffusion(nn.Module):
         if not torch.is_tensor(t):
             if not 0 <= t < self.timesteps:
                 raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
-            return t
-        if t.shape != x.shape[:1] or t.dtype != torch.int64:
+        elif t.shape != x.shape[:1] or t.dtype != torch.int64:
             raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
-        if t.device.type == "cpu" and not ((0 <= t) & (t < self.timesteps)).all():   # elsewhere the look would wait
+        elif t.device.type == "cpu" and not ((0 <= t) & (t < self.timesteps)).all():   # elsewhere the look would wait
             raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
-        return t
 
     def _predict(self, model, x_t, t):
         """ε_θ(x_t, t), and v or None."""
@@ -173,7 +171,7 @@ class GaussianDiffusion(nn.Module):
     def q_sample(self, x_start, t, noise=None):
         """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, a draw from q(x_t|x_0) in one jump (Eq. 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        t = self._check(x_start, t, noise)
+        self._check(x_start, t, noise)
         return (broadcast(self.sqrt_alphas_cumprod[t], x_start) * x_start
                 + broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_start) * noise)
 
@@ -181,7 +179,7 @@ class GaussianDiffusion(nn.Module):
         """Mean, variance and log variance of q(x_{t−1}|x_t, x_0) (Eq. 6, 7):
         μ̃_t = √ᾱ_{t−1} β_t/(1−ᾱ_t) · x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) · x_t,  β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) · β_t.
         At code t = 0 the variance is 0, and its logarithm that of code t = 1."""
-        t = self._check(x_t, t, x_start)
+        self._check(x_t, t, x_start)
         mean = (broadcast(self.posterior_mean_x_start[t], x_t) * x_start
                 + broadcast(self.posterior_mean_x_t[t], x_t) * x_t)
         return mean, broadcast(self.posterior_variance[t], x_t), broadcast(self.posterior_log_variance[t], x_t)
@@ -195,7 +193,7 @@ class GaussianDiffusion(nn.Module):
         loss="bound", L itself (Eq. 5, in bits/dim, less the constant L_T): Eq. 12's weights where x_0 is not reached.
         t must be drawn uniformly for either to be unbiased."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        t = self._check(x_start, t, noise)
+        self._check(x_start, t, noise)
         x_t = self.q_sample(x_start, t, noise)
         if self.loss == "bound":
             return self.timesteps * self.bound_term(model, x_start, x_t, t, clip_denoised=False)[0].mean()
@@ -211,13 +209,13 @@ class GaussianDiffusion(nn.Module):
 
     def predict_x_start(self, x_t, t, noise):
         """x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t (Eq. 15): Eq. 4 solved for x_0."""
-        t = self._check(x_t, t, noise)
+        self._check(x_t, t, noise)
         return ((x_t - broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t) * noise)
                 / broadcast(self.sqrt_alphas_cumprod[t], x_t))
 
     def predict_noise(self, x_t, t, x_start):
         """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
-        t = self._check(x_t, t, x_start)
+        self._check(x_t, t, x_start)
         return ((x_t - broadcast(self.sqrt_alphas_cumprod[t], x_t) * x_start)
                 / broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t))
 
@@ -227,7 +225,7 @@ class GaussianDiffusion(nn.Module):
         Unclamped, that is Algorithm 2's (x_t − β_t/√(1−ᾱ_t) ε_θ) / √α_t to the letter. clip_denoised clamps x̂_0 to
         [−1, 1] first, as the authors' code does and the paper does not say: no picture lies outside, and early in
         sampling, where 1/√ᾱ_t magnifies every error of ε_θ, the clamp is what keeps the colours from saturating."""
-        t = self._check(x_t, t)
+        self._check(x_t, t)
         noise, v = self._predict(model, x_t, t)
         x_start = self.predict_x_start(x_t, t, noise)
         if clip_denoised:
@@ -243,7 +241,7 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def p_sample(self, model, x_t, t, clip_denoised=True, noise=None, generator=None):
         """x_{t−1} = μ_θ(x_t, t) + σ_t z, z ~ N(0, I), and z = 0 at the last step: one line of Algorithm 2."""
-        t = self._check(x_t, t, noise)
+        self._check(x_t, t, noise)
         mean, variance, _, _ = self.p_mean_variance(model, x_t, t, clip_denoised)
         z = _randn(x_t.shape, x_t, generator) if noise is None else noise
         return mean + broadcast(t > 0, x_t) * variance.sqrt() * z
@@ -293,7 +291,7 @@ class GaussianDiffusion(nn.Module):
         Algorithm 2 with σ_t² = β̃_t. A clamped x̂_0 takes its ε with it, so that the two still explain x_t."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0…1, got {eta}")
-        t = self._check(x_t, t, noise)
+        self._check(x_t, t, noise)
         if not torch.as_tensor((-1 <= prev_t) & (prev_t < t)).all():
             raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={t}")
         predicted_noise, _ = self._predict(model, x_t, t)
@@ -357,7 +355,7 @@ class GaussianDiffusion(nn.Module):
 
     def score(self, model, x_t, t):
         """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t) (§3.2): the network is a score, up to its scale."""
-        t = self._check(x_t, t)
+        self._check(x_t, t)
         return -self._predict(model, x_t, t)[0] / broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t)
 
 
@@ -433,10 +431,10 @@ class AttentionBlock(nn.Module):
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x):
-        h = self.norm(x).flatten(2).transpose(1, 2)                              # (B, HW, C)
+        h = self.norm(x).flatten(2).mT                                            # (B, HW, C)
         q, k, v = self.qkv(h).chunk(3, dim=-1)
-        h = self.out((q / math.sqrt(q.shape[2]) @ k.transpose(1, 2)).softmax(2) @ v)
-        return x + h.transpose(1, 2).reshape(x.shape)
+        h = self.out((q / math.sqrt(q.shape[2]) @ k.mT).softmax(2) @ v)
+        return x + h.mT.reshape(x.shape)
 
 
 class ResidualBlock(nn.Module):
@@ -784,15 +782,16 @@ def build(config, image_channels, num_classes):
 
 
 def pick_device(name=None):
-    """The device of that name, or the best there is; under torchrun a GPU of each process's own."""
+    """The device of that name, or the best there is; under torchrun a GPU of each process's own. CUDA is put to TF32."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
-    if name == "cuda":
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    return device
 
 
 def autocast(config, device):
@@ -1022,27 +1021,28 @@ class Run:
     diffusion: GaussianDiffusion
 
     @classmethod
-    def ready(cls, config, model, device):
+    def ready(cls, config, model, diffusion, device):
         """A network on the device, as fast there as config lets it: compiled, it is one CUDA graph a call."""
         model = model.to(device, memory_format=torch.channels_last).eval()
-        return cls(config, compiled(config, device, model, "reduce-overhead"), build_diffusion(config).to(device))
+        return cls(config, compiled(config, device, model, "reduce-overhead"), diffusion.to(device))
 
     @classmethod
     def read(cls, out, device=None, bf16=None, compile=None):
         """The run of a folder, with its averaged weights."""
         device, checkpoint = pick_device(device), read_checkpoint(out)
         config = dataclasses.replace(checkpoint["config"], bf16=bf16, compile=compile)
-        model, _ = build(config, checkpoint["image_channels"], checkpoint["num_classes"])
+        model, diffusion = build(config, checkpoint["image_channels"], checkpoint["num_classes"])
         ema = AveragedModel(model)
         ema.load_state_dict(checkpoint["ema"])
-        return cls.ready(config, ema.module, device)
+        return cls.ready(config, ema.module, diffusion, device)
 
     @classmethod
     def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
         """Published weights, which were averaged already, with the paper's diffusion."""
         device, (model, shape) = pick_device(device), published(folder)
         out = out or f"runs/{Path(folder).resolve().name}"
-        return cls.ready(preset("cifar10", **shape, bf16=bf16, compile=compile, out=out), model, device)
+        config = preset("cifar10", **shape, bf16=bf16, compile=compile, out=out)
+        return cls.ready(config, model, build_diffusion(config), device)
 
     @property
     def device(self):
@@ -1248,14 +1248,14 @@ def run_train(given):
 
 def run_sample(given):
     """--sample: refuse what does not fit the run, then draw."""
-    machine = {name: given.pop(name) for name in MACHINE if name in given}
+    machine = [given.get(name) for name in MACHINE]
     if "weights" in given:
         if "data" in given:
             raise ValueError("--data does not go with --weights, which are no run of a data set")
-        run = Run.of_weights(given["weights"], given.get("out"), **machine)
+        run = Run.of_weights(given["weights"], given.get("out"), *machine)
     else:
-        run = Run.read(find_run(given), **machine)
-    how = {name: value for name, value in given.items() if name not in ("sample", "out", "data", "weights")}
+        run = Run.read(find_run(given), *machine)
+    how = {name: value for name, value in given.items() if name not in ("sample", "weights", *RUN)}
     guidance, label, classes = how.get("guidance", 0.0), how.get("label"), run.model.num_classes
     if how.get("sampler") == "ddpm" and "eta" in how:
         raise ValueError(f"--eta {how['eta']} is DDIM's: --sampler ddpm has the variance that it was trained with")
@@ -1280,7 +1280,7 @@ def main(arguments=None):
         if mode == "sample":
             run_sample(given)
         elif mode == "evaluate":
-            run = Run.read(find_run(given), *map(given.get, MACHINE))
+            run = Run.read(find_run(given), *[given.get(name) for name in MACHINE])
             evaluate(run, given["evaluate"], given.get("seed", 0))
         else:
             run_train(given)

@@ -2332,6 +2332,9 @@ def test_a_signal_to_one_of_two_processes_ends_both(number, folder):
     assert weights("runs/digits")["step"] == step + 2
 
 
+# ---- What is refused -------------------------------------------------------------------------------------------------
+
+
 def test_writing_is_all_or_nothing(folder):
     """write() leaves the old file whole when saving fails, and nothing beside it."""
     path = folder / "file"
