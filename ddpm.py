@@ -388,14 +388,11 @@ def classifier_free_guidance(model, labels, scale):
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, as in the paper, or fewer where the channels don't divide by so many; in float32 under autocast too,
-    as CUDA has it: in bfloat16 a CPU takes four times as long."""
+    """32 groups, as in the paper; below its 128 channels groups of 16, which a CPU normalises twice as fast as groups of 4.
+    Fewer where the channels don't divide by so many."""
 
     def __init__(self, channels):
-        super().__init__(math.gcd(32, channels // 4), channels, eps=1e-6)
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        super().__init__(math.gcd(channels, 32 if channels >= 128 else max(1, channels // 16)), channels, eps=1e-6)
 
 
 def zero(module):
@@ -945,7 +942,7 @@ def train(config, checkpoint=None, watch=None):
 
     history, since = [], time.perf_counter()
     bar = tqdm(total=config.steps * config.batch_size, initial=first * config.batch_size, unit=" images",
-               unit_scale=True, disable=None if rank == 0 else True, dynamic_ncols=True)
+               unit_scale=True, disable=None if rank == 0 else True)
     with signals_noted() as noted, bar:
         for step in range(first, config.steps):
             torch.manual_seed(seed_of(config.seed, step))

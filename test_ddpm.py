@@ -1221,10 +1221,18 @@ def test_the_first_loss_is_the_noises_variance():
     assert scipy.stats.chi2.ppf(5e-7, n) < loss * n < scipy.stats.chi2.isf(5e-7, n)
 
 
+@pytest.mark.parametrize(
+    "channels, groups", [(4, 1), (16, 1), (32, 2), (36, 2), (52, 1), (96, 6), (124, 1), (128, 32), (132, 4), (384, 32)]
+)
+def test_groups_of_the_norms(channels, groups):
+    """32 from the paper's 128 channels on, below it groups of 16; fewer where the channels don't divide by so many."""
+    assert ddpm.GroupNorm(channels).num_groups == groups
+
+
 def test_residual_block_written_out():
     """GN–SiLU–conv, + time, GN–SiLU–conv, + shortcut, with torch's functional forms and groups written out."""
-    block = randomised(ddpm.ResidualBlock(8, 16, 12))
-    x, emb = torch.randn(3, 8, 5, 5), torch.randn(3, 12)
+    block = randomised(ddpm.ResidualBlock(32, 64, 12))
+    x, emb = torch.randn(3, 32, 5, 5), torch.randn(3, 12)
     p = dict(block.named_parameters())
     h = F.conv2d(
         F.silu(F.group_norm(x, 2, p["norm1.weight"], p["norm1.bias"], 1e-6)),
@@ -1244,14 +1252,14 @@ def test_residual_block_written_out():
 
 def test_attention_written_out():
     """softmax(q kᵀ/√C) v over the pixels, pixel by pixel in a loop, plus the input."""
-    block, x = randomised(ddpm.AttentionBlock(8)).double(), torch.randn(2, 8, 2, 3, dtype=torch.float64)
+    block, x = randomised(ddpm.AttentionBlock(32)).double(), torch.randn(2, 32, 2, 3, dtype=torch.float64)
     h = F.group_norm(x, 2, block.norm.weight, block.norm.bias, 1e-6)
     want = torch.empty_like(x)
     for b in range(2):
         pixels = [h[b, :, i, j] for i in range(2) for j in range(3)]
-        q, k, v = ([block.qkv.weight[a : a + 8] @ p + block.qkv.bias[a : a + 8] for p in pixels] for a in (0, 8, 16))
+        q, k, v = ([block.qkv.weight[a : a + 32] @ p + block.qkv.bias[a : a + 32] for p in pixels] for a in (0, 32, 64))
         for n in range(6):
-            weight = torch.softmax(torch.stack([q[n] @ other / math.sqrt(8) for other in k]), 0)
+            weight = torch.softmax(torch.stack([q[n] @ other / math.sqrt(32) for other in k]), 0)
             mixed = sum(w * value for w, value in zip(weight, v))
             want[b, :, n // 3, n % 3] = x[b, :, n // 3, n % 3] + block.out.weight @ mixed + block.out.bias
     torch.testing.assert_close(block(x), want)
