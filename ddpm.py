@@ -57,7 +57,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def broadcast(values, x):
-    """(B,) or () → (B, 1, 1, 1), to multiply x (B, C, H, W), whatever number of dimensions x has; a number stays one."""
+    """(B,) or () → (B, 1, 1, 1), to multiply x (B, C, H, W), or as many dimensions as x has; a number stays one."""
     return values.reshape(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(values) else values
 
 
@@ -388,8 +388,8 @@ def classifier_free_guidance(model, labels, scale):
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, as in the paper; below its 128 channels groups of 16, which a CPU normalises twice as fast as groups of 4.
-    Fewer where the channels don't divide by so many."""
+    """32 groups, as in the paper; below its 128 channels groups of 16, twice as fast on a CPU as groups of 4. Fewer
+    where the channels don't divide by so many."""
 
     def __init__(self, channels):
         super().__init__(math.gcd(channels, 32 if channels >= 128 else max(1, channels // 16)), channels, eps=1e-6)
@@ -729,7 +729,7 @@ class Config:
     sample_every: int = option(500, "steps between two sample grids", 1)
     checkpoint_every: int = option(500, "steps between two checkpoints", 1)
     bf16: bool = option(None, "compute in bfloat16; unless said, where the processor has instructions for "
-                        "it, which on a CPU is 1.2 (digits) to 1.5 times (the paper's network) as fast")
+                        "it, which on a CPU is 1.3 (digits) to 1.5 times (the paper's network) as fast")
     compile: bool = option(None, "torch.compile the network, a minute at the start; unless said, on CUDA only")
     device: str = option(None, "cuda, mps or cpu; unless said, the first of them that is there")
     out: str = option(None, "the run's folder; runs/<data> unless said")
@@ -779,7 +779,7 @@ def build(config, image_channels, num_classes):
 
 
 def pick_device(name=None):
-    """The device of that name, or the best there is; under torchrun a GPU of each process's own. CUDA is put to TF32."""
+    """The device of that name, or the best there is; under torchrun each process's own GPU. CUDA is put to TF32."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
@@ -792,16 +792,16 @@ def pick_device(name=None):
 
 
 def autocast(config, device):
-    """bfloat16 where the processor computes in it: it costs no quality, and a CPU that has it trains the digits 1.2 times
-    and the paper's network 1.5 times as fast."""
+    """bfloat16 where the processor computes in it: it costs no quality, and a CPU that has it trains the digits 1.3
+    times and the paper's network 1.5 times as fast."""
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
         device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
     return torch.autocast(device.type, torch.bfloat16, enabled=native if config.bf16 is None else config.bf16)
 
 
 def keep_freed_memory():
-    """Have glibc keep what a step frees for the next one. To hand it back and take it again, page by page, is a third of
-    a small network's time on a CPU. Without glibc nothing happens."""
+    """Have glibc keep what a step frees for the next one. To hand it back and take it again, page by page, is a third
+    of a small network's time on a CPU. Without glibc nothing happens."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                                  # as malloc.h has them
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
