@@ -9,7 +9,6 @@ float tensors (B, C, H, W) scaled to [−1, 1]; t is int64 (B,), or one plain in
     python ddpm.py --help          # everything else
 """
 import argparse
-import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -66,7 +65,9 @@ def _randn(shape, like, generator):
 
 
 def _last(steps):
-    return collections.deque(steps, maxlen=1).pop()
+    for x_t in steps:
+        pass
+    return x_t
 
 
 def normal_kl(mean1, log_variance1, mean2, log_variance2):
@@ -135,7 +136,7 @@ class GaussianDiffusion(nn.Module):
         keep("posterior_log_variance", torch.cat([neighbour, posterior_variance[1:]]).log())
         keep("posterior_mean_x_start", alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod))
         keep("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
-        self._alphas_cumprod = F.pad(alphas_cumprod, (1, 0), value=1.0)          # float64, x_0's own ᾱ = 1 in front
+        self._alphas_cumprod = torch.cat([alphas_cumprod_prev[:1], alphas_cumprod])     # float64, x_0's ᾱ = 1 in front
 
     def _alpha_bar(self, t):
         """ᾱ_t in float64, a number for a number; t = −1 is x_0."""
@@ -513,8 +514,8 @@ class UNet(nn.Module):
                 self.down.append(Downsample(channels))
                 size //= 2
                 skips.append(channels)
-        self.mid = nn.ModuleList([ResidualBlock(channels, channels, time_dim, dropout, bool(attn_resolutions)),
-                                  ResidualBlock(channels, channels, time_dim, dropout)])
+        self.mid = nn.ModuleList(ResidualBlock(channels, channels, time_dim, dropout, attention)
+                                 for attention in (bool(attn_resolutions), False))
         for level, mult in reversed(list(enumerate(dim_mults))):
             for _ in range(num_res_blocks + 1):
                 self.up.append(ResidualBlock(channels + skips.pop(), dim * mult, time_dim, dropout,
@@ -951,7 +952,7 @@ def train(config, checkpoint=None, watch=None):
             t = torch.randint(diffusion.timesteps, (config.batch_size,), device=device)      # t ~ Uniform{1 … T}
             noise = torch.randn_like(x_start)                                                # ε ~ N(0, I)
             if config.flip:
-                mirrored = torch.rand(config.batch_size, device=device) < 0.5
+                mirrored = torch.randint(2, (config.batch_size,), device=device).bool()
                 x_start = torch.where(broadcast(mirrored, x_start), x_start.flip(3), x_start)
             y = None
             if num_classes:
@@ -998,7 +999,7 @@ def train(config, checkpoint=None, watch=None):
                 since = time.perf_counter()
             if stop:
                 break
-    if ranks > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0 and stop and done < config.steps:
         raise KeyboardInterrupt(f"stopped after step {done:,}; {out}/checkpoint.pt holds it, go on with: "

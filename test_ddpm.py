@@ -595,6 +595,41 @@ def test_gradient_of_the_loss_by_finite_differences():
             assert theta.grad[i].item() == pytest.approx(slope.item(), rel=1e-5)
 
 
+def test_the_bound_as_a_loss_is_the_mean_of_its_terms():
+    """Eq. 5 for t drawn uniformly: T times the mean of L_{t−1} in bits/dim. With ε_θ = −9 ε that is, by Eq. 12 at σ_t² =
+    β̃_t, β_t² / (2 β̃_t α_t (1−ᾱ_t)) · 100 ε², whatever x̂_0 lies outside of [−1, 1]."""
+    x, noise = torch.rand(3, 1, 4, 4, dtype=torch.float64), torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    t = torch.tensor([7, 400, 999])
+    beta, bar = torch.tensor(BETAS)[t], (1 - torch.tensor(BETAS)).cumprod(0)
+    posterior = (1 - bar[t - 1]) / (1 - bar[t]) * beta
+    weight = beta**2 / (2 * posterior * (1 - beta) * (1 - bar[t]))
+    want = T * (weight.reshape(-1, 1, 1, 1) * 100 * noise**2).mean() / math.log(2)
+    loss = exact("fixed_small", loss="bound").p_losses(lambda x_t, t: -9 * noise, x, t, noise)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-9)
+
+
+def test_the_loss_draws_its_own_noise():
+    """Without noise given, ε ~ N(0, I): ε_θ = 0 has the loss mean ε², a χ² of 65,536 draws; false alarm 1e−6."""
+    x, n = torch.zeros(16, 1, 64, 64), 16 * 64 * 64
+    loss = GaussianDiffusion(BETAS).p_losses(lambda x_t, t: torch.zeros_like(x_t), x, torch.arange(16)).item()
+    assert scipy.stats.chi2.ppf(5e-7, n) < loss * n < scipy.stats.chi2.isf(5e-7, n)
+
+
+def test_every_sampler_clamps_unless_told_otherwise():
+    """ε_θ = 0 has x̂_0 = x_t/√ᾱ_t; clamped, the last step of each sampler ends within [−1, 1]. Unclamped, 1 grows to
+    1/√ᾱ_T = 158."""
+    diffusion, x = GaussianDiffusion(BETAS, "fixed_small"), torch.ones(1, 1, 2, 2)
+    model = lambda x_t, t: torch.zeros_like(x_t)
+    ends = {
+        "p_sample_loop": diffusion.p_sample_loop(model, x.shape, noise=x),
+        "p_sample_steps": [*diffusion.p_sample_steps(model, x)][-1],
+        "ddim_sample_loop": diffusion.ddim_sample_loop(model, x.shape, 10, noise=x),
+        "ddim_sample_steps": [*diffusion.ddim_sample_steps(model, x, 10)][-1],
+    }
+    assert {name: x_0.abs().max().item() <= 1 for name, x_0 in ends.items()} == dict.fromkeys(ends, True)
+    assert diffusion.p_sample_loop(model, x.shape, clip_denoised=False, noise=x).abs().max() > 50
+
+
 def test_hybrid_loss_holds_the_mean_still():
     """Improved DDPM Eq. 16: L_simple + 0.001 L_vlb, in which ε gets L_simple's gradient alone and v the bound's."""
     x, noise, t = (
