@@ -6,16 +6,15 @@
 
 Every share is measured within the run: floating-point operations a second, counted by torch, over the rate of a large
 matrix product on the same device in the same precision, bfloat16 where ddpm.py would compute in it. A ratio to
-diffusers is the median of its times over the median of ours, taken alternately; it computes as it comes, eagerly in
-float32, in a process of its own. Absolute times depend on the machine and on what else it does; shares and ratios
-hardly do.
+diffusers, which computes as it comes, eagerly in float32, is the median of its times over the median of ours, taken
+alternately. Absolute times depend on the machine and on what else it does; shares and ratios hardly do.
 """
 
 import argparse
 import csv
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import multiprocessing
 import resource
 import statistics
@@ -39,17 +38,14 @@ import ddpm
 BATCH = {("digits", "cpu"): 128, ("cifar10", "cpu"): 2, ("digits", "cuda"): 2048, ("cifar10", "cuda"): 128}
 HEADING = ("what", "network", "device", "milliseconds", "images/s", "of the matrix rate", "diffusers' time / ours")
 ROWS = []
-INSTALLED = importlib.util.find_spec("diffusers") is not None
 
 
 @pytest.fixture(scope="module", autouse=True)
 def table(request):
-    """Memory is kept as ddpm.py's command line keeps it; one table when all is done."""
+    """Memory is kept as ddpm.py's command line keeps it, for diffusers too; one table when all is done."""
     ddpm.keep_freed_memory()
     request.config._benchmarksession.quiet = True
     yield
-    if INSTALLED:
-        diffusers_process().shutdown()
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n")
         for row in [HEADING, ["-" * 14, "-" * 7, "-" * 6, *["---:"] * 4], *ROWS]:
@@ -99,19 +95,13 @@ def network(name, device):
     return model, ddpm.Run.ready(ddpm.preset(name), model, diffusion, torch.device(device))
 
 
-def batch(name, device):
-    n, size = BATCH[name, device], 8 if name == "digits" else 32
-    x = torch.randn(n, 1 if name == "digits" else 3, size, size, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    t = torch.randint(1000, (n,), device=device)
-    return x, t, torch.randint(10, (n,), device=device) if name == "digits" else None
-
-
 @functools.cache
 def peer(name, device):
-    """diffusers' U-Net of the same shape."""
-    from diffusers import UNet2DModel
-
+    """diffusers' U-Net of the same shape, or None where it is not installed."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        return None
     torch.manual_seed(0)
     digits = dict(
         sample_size=8,
@@ -138,56 +128,27 @@ def peer(name, device):
     return UNet2DModel(**(digits if name == "digits" else cifar10)).to(device)
 
 
-@functools.cache
-def diffusers_work(what, name, device):
-    """What is compared with, as its users write it."""
-    from diffusers import DDIMScheduler, DDPMScheduler
-
-    (x, t, y), other = batch(name, device), peer(name, device)
-    if what == "network":
-        return torch.no_grad()(lambda: other(x, t, y))
-    if what == "training step":
-        optimizer = torch.optim.AdamW(other.parameters(), 0.0)
-        return lambda: update(other, optimizer, (other(x, t, y).sample - x).square().mean())
-    scheduler = {
-        "one DDPM step": DDPMScheduler(1000),
-        "one DDIM step": DDIMScheduler(1000, timestep_spacing="trailing"),
-    }[what]
-    scheduler.set_timesteps(50 if what == "one DDIM step" else 1000)
-    time_ = torch.full_like(t, 499)
-    return torch.no_grad()(lambda: scheduler.step(other(x, time_, y).sample, 499, x))
+def batch(name, device):
+    n, size = BATCH[name, device], 8 if name == "digits" else 32
+    x = torch.randn(n, 1 if name == "digits" else 3, size, size, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    t = torch.randint(1000, (n,), device=device)
+    return x, t, torch.randint(10, (n,), device=device) if name == "digits" else None
 
 
-def diffusers_seconds(what, name, device):
-    peer(name, device).train(what == "training step")
-    return timed(diffusers_work(what, name, device), device)
-
-
-@functools.cache
-def diffusers_process():
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
-def update(network, optimizer, loss):
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def record(benchmark, what, name, device, work, operations=0, versus=False, rounds=9):
-    """Time work, and in turn with it diffusers' where it is to be compared with, and add a row to the table."""
+def record(benchmark, what, name, device, work, operations=0, other=None, rounds=9):
+    """Time work, and in turn with it other, and add a row to the table."""
     theirs = []
 
     def before():
-        if versus and INSTALLED:
-            theirs.append(diffusers_process().submit(diffusers_seconds, what, name, device).result())
+        if other:
+            theirs.append(timed(other, device))
         return (), {}
 
     benchmark.pedantic(lambda: timed(work, device), setup=before, rounds=rounds, warmup_rounds=1 if rounds > 1 else 0)
     seconds, n = benchmark.stats.stats.median, BATCH[name, device]
     share = f"{operations / seconds / matrix_rate(name, device):.0%}" if operations else ""
-    ratio = f"{statistics.median(theirs[1:]) / seconds:.2f}" if theirs else ""
+    ratio = f"{statistics.median(theirs) / seconds:.2f}" if other else ""
     ROWS.append(
         [
             what,
@@ -223,7 +184,7 @@ def test_q_sample(benchmark, name, device):
 
 @on_all
 def test_forward(benchmark, name, device):
-    (x, t, y), (model, run) = batch(name, device), network(name, device)
+    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
     with torch.no_grad():
         record(
             benchmark,
@@ -232,30 +193,36 @@ def test_forward(benchmark, name, device):
             device,
             autocast(name, device)(lambda: run.model(x, t, y)),
             flops(lambda: model(x, t, y)),
-            versus=True,
+            other and (lambda: other(x, t, y)),
         )
 
 
 @on_all
 def test_training_step(benchmark, name, device):
     """Forward, backward, clipping and Adam: what Algorithm 1 costs."""
-    (x, t, y), (model, run) = batch(name, device), network(name, device)
+    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
     compiled = ddpm.compiled(ddpm.preset(name), torch.device(device), model.train())
-    optimizer = torch.optim.Adam(model.parameters(), 0.0, fused=True)
 
-    def step(network):
+    def loss(network):
         with autocast(name, device):
-            loss = run.diffusion.p_losses(functools.partial(network, y=y), x, t)
-        update(model, optimizer, loss)
+            return run.diffusion.p_losses(functools.partial(network, y=y), x, t)
 
+    def step(parameters, optimizer, loss):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    ours = torch.optim.Adam(model.parameters(), 0.0, fused=True)
+    theirs = other and torch.optim.AdamW(other.parameters(), 0.0)
     record(
         benchmark,
         "training step",
         name,
         device,
-        lambda: step(compiled),
-        flops(lambda: step(model)),
-        versus=True,
+        lambda: step(model.parameters(), ours, loss(compiled)),
+        flops(lambda: step(model.parameters(), ours, loss(model))),
+        other and (lambda: step(other.parameters(), theirs, (other(x, t, y).sample - x).square().mean())),
     )
     model.eval()
 
@@ -264,8 +231,13 @@ def test_training_step(benchmark, name, device):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_one_step(benchmark, name, device, sampler):
     """One reverse step, network included, against diffusers' network and scheduler."""
-    (x, t, y), (model, run) = batch(name, device), network(name, device)
-    given = autocast(name, device)(functools.partial(run.model, y=y))
+    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
+    given, time_ = autocast(name, device)(functools.partial(run.model, y=y)), torch.full_like(t, 499)
+    if other:
+        from diffusers import DDIMScheduler, DDPMScheduler
+
+        scheduler = DDPMScheduler(1000) if sampler == "ddpm" else DDIMScheduler(1000, timestep_spacing="trailing")
+        scheduler.set_timesteps(50 if sampler == "ddim" else 1000)
     work = (
         (lambda: run.diffusion.p_sample(given, x, 499))
         if sampler == "ddpm"
@@ -279,7 +251,7 @@ def test_one_step(benchmark, name, device, sampler):
             device,
             work,
             flops(lambda: model(x, t, y)),
-            versus=True,
+            other and (lambda: scheduler.step(other(x, time_, y).sample, 499, x)),
         )
 
 
