@@ -389,11 +389,10 @@ def classifier_free_guidance(model, labels, scale):
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, as in the paper; below its 128 channels groups of 16, twice as fast on a CPU as groups of 4. Fewer
-    where the channels don't divide by so many."""
+    """32 groups, as in the paper; fewer where the channels don't divide by so many."""
 
-    def __init__(self, channels):
-        super().__init__(math.gcd(channels, 32 if channels >= 128 else max(1, channels // 16)), channels, eps=1e-6)
+    def __init__(self, channels, groups=32):
+        super().__init__(math.gcd(channels, groups), channels, eps=1e-6)
 
 
 def zero(module):
@@ -422,9 +421,9 @@ class SinusoidalPositionEmbeddings(nn.Module):
 class AttentionBlock(nn.Module):
     """softmax(q kᵀ/√C) v over the pixels, one head, with a residual: every place sees every other."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, groups=32):
         super().__init__()
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, groups)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
 
@@ -438,16 +437,16 @@ class AttentionBlock(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolutions with a residual; the time is added between them (appendix B), attention follows where asked."""
 
-    def __init__(self, in_channels, out_channels, time_dim, dropout=0.0, attention=False):
+    def __init__(self, in_channels, out_channels, time_dim, dropout=0.0, attention=False, groups=32):
         super().__init__()
-        self.norm1 = GroupNorm(in_channels)
+        self.norm1 = GroupNorm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, out_channels)
-        self.norm2 = GroupNorm(out_channels)
+        self.norm2 = GroupNorm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.attention = AttentionBlock(out_channels) if attention else nn.Identity()
+        self.attention = AttentionBlock(out_channels, groups) if attention else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -484,8 +483,9 @@ class UNet(nn.Module):
     dim · dim_mults are the widths, a level each, and each level has half the size of the last; num_res_blocks a level,
     one more on the way up; attention where the size is in attn_resolutions, and in the middle; none without any.
     time_dim is 4 dim unless given. y (B,) int64 in 0…num_classes, where num_classes itself, or no y at all, is "no
-    label". learned_variance doubles the output channels. Refused: an image_size that can't be halved len(dim_mults) − 1
-    times, a dim that is no multiple of 4."""
+    label". learned_variance doubles the output channels. The norms have the paper's 32 groups from dim = 128 on and dim / 16
+    below, for on a CPU groups of fewer than 16 channels take twice as long. Refused: an image_size that can't be halved
+    len(dim_mults) − 1 times, a dim that is no multiple of 4."""
 
     def __init__(self, image_channels=3, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,),
                  image_size=32, dropout=0.1, time_dim=None, num_classes=None, learned_variance=False):
@@ -502,29 +502,30 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.label = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
+        groups = 32 if dim >= 128 else max(1, dim // 16)
+        block = functools.partial(ResidualBlock, time_dim=time_dim, dropout=dropout, groups=groups)
         channels, size, skips = dim, image_size, [dim]
         self.conv_in = nn.Conv2d(image_channels, dim, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, mult in enumerate(dim_mults):
             for _ in range(num_res_blocks):
-                self.down.append(ResidualBlock(channels, dim * mult, time_dim, dropout, size in attn_resolutions))
+                self.down.append(block(channels, dim * mult, attention=size in attn_resolutions))
                 channels = dim * mult
                 skips.append(channels)
             if level < self.halvings:
                 self.down.append(Downsample(channels))
                 size //= 2
                 skips.append(channels)
-        self.mid = nn.ModuleList(ResidualBlock(channels, channels, time_dim, dropout, attention)
+        self.mid = nn.ModuleList(block(channels, channels, attention=attention)
                                  for attention in (bool(attn_resolutions), False))
         for level, mult in reversed(list(enumerate(dim_mults))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(ResidualBlock(channels + skips.pop(), dim * mult, time_dim, dropout,
-                                             size in attn_resolutions))
+                self.up.append(block(channels + skips.pop(), dim * mult, attention=size in attn_resolutions))
                 channels = dim * mult
             if level > 0:
                 self.up.append(Upsample(channels))
                 size *= 2
-        self.norm_out = GroupNorm(channels)
+        self.norm_out = GroupNorm(channels, groups)
         self.conv_out = zero(nn.Conv2d(channels, image_channels * (2 if learned_variance else 1), 3, padding=1))
 
     def forward(self, x, t, y=None):

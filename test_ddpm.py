@@ -1256,28 +1256,34 @@ def test_the_first_loss_is_the_noises_variance():
     assert scipy.stats.chi2.ppf(5e-7, n) < loss * n < scipy.stats.chi2.isf(5e-7, n)
 
 
-@pytest.mark.parametrize(
-    "channels, groups", [(4, 1), (16, 1), (32, 2), (36, 2), (52, 1), (96, 6), (124, 1), (128, 32), (132, 4), (384, 32)]
-)
+@pytest.mark.parametrize("channels, groups", [(128, 32), (384, 32), (132, 4), (36, 4), (33, 1)])
 def test_groups_of_the_norms(channels, groups):
-    """32 from the paper's 128 channels on, below it groups of 16; fewer where the channels don't divide by so many."""
+    """32, and the greatest number below it that divides both 32 and the channels where they don't divide by 32."""
     assert ddpm.GroupNorm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("dim, groups", [(4, 1), (32, 2), (96, 6), (124, 1), (128, 32), (256, 32)])
+def test_groups_of_a_network(dim, groups):
+    """The same number in every norm, whatever its channels: 32 from the paper's dim of 128 on, below it dim / 16."""
+    network = ddpm.UNet(dim=dim, dim_mults=(1, 2), num_res_blocks=1, attn_resolutions=(4,), image_size=8)
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {m.num_groups for m in norms} == {groups} and len(norms) == 8 * 2 + 4 + 1
 
 
 def test_residual_block_written_out():
     """GN–SiLU–conv, + time, GN–SiLU–conv, + shortcut, with torch's functional forms and groups written out."""
-    block = randomised(ddpm.ResidualBlock(32, 64, 12))
+    block = randomised(ddpm.ResidualBlock(32, 64, 12, groups=8))
     x, emb = torch.randn(3, 32, 5, 5), torch.randn(3, 12)
     p = dict(block.named_parameters())
     h = F.conv2d(
-        F.silu(F.group_norm(x, 2, p["norm1.weight"], p["norm1.bias"], 1e-6)),
+        F.silu(F.group_norm(x, 8, p["norm1.weight"], p["norm1.bias"], 1e-6)),
         p["conv1.weight"],
         p["conv1.bias"],
         padding=1,
     )
     h = h + F.linear(F.silu(emb), p["time.weight"], p["time.bias"])[..., None, None]
     h = F.conv2d(
-        F.silu(F.group_norm(h, 4, p["norm2.weight"], p["norm2.bias"], 1e-6)),
+        F.silu(F.group_norm(h, 8, p["norm2.weight"], p["norm2.bias"], 1e-6)),
         p["conv2.weight"],
         p["conv2.bias"],
         padding=1,
@@ -1288,7 +1294,7 @@ def test_residual_block_written_out():
 def test_attention_written_out():
     """softmax(q kᵀ/√C) v over the pixels, pixel by pixel in a loop, plus the input."""
     block, x = randomised(ddpm.AttentionBlock(32)).double(), torch.randn(2, 32, 2, 3, dtype=torch.float64)
-    h = F.group_norm(x, 2, block.norm.weight, block.norm.bias, 1e-6)
+    h = F.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-6)
     want = torch.empty_like(x)
     for b in range(2):
         pixels = [h[b, :, i, j] for i in range(2) for j in range(3)]
@@ -2852,7 +2858,7 @@ MUSEUM = [
     (
         19,
         "batch norm",
-        function(ddpm, "GroupNorm", lambda channels: nn.BatchNorm2d(channels)),
+        function(ddpm, "GroupNorm", lambda channels, groups: nn.BatchNorm2d(channels)),
         guard_samples_of_a_batch_are_independent,
     ),
     (
