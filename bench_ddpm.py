@@ -326,7 +326,7 @@ def real(lab, split=None):
 
 
 def draw(lab, run, count=None, labels=None, diffusion=None, **how):
-    """Samples, uint8 (N, C, H, W), every class in turn unless labels says otherwise; diffusion in place of the run's."""
+    """Samples, uint8 (N, C, H, W), every class in turn unless given labels; diffusion in place of the run's."""
     count = count or lab.samples
     labels = run.labels(count) if labels is None else labels
     if diffusion:

@@ -483,8 +483,8 @@ class UNet(nn.Module):
     dim · dim_mults are the widths, a level each, and each level has half the size of the last; num_res_blocks a level,
     one more on the way up; attention where the size is in attn_resolutions, and in the middle; none without any.
     time_dim is 4 dim unless given. y (B,) int64 in 0…num_classes, where num_classes itself, or no y at all, is "no
-    label". learned_variance doubles the output channels. The norms have the paper's 32 groups from dim = 128 on and dim / 16
-    below, for on a CPU groups of fewer than 16 channels take twice as long. Refused: an image_size that can't be halved
+    label". learned_variance doubles the output channels. Norms have the paper's 32 groups from dim = 128 on, below it
+    dim/16: on a CPU groups of fewer than 16 channels take twice as long. Refused: an image_size that can't be halved
     len(dim_mults) − 1 times, a dim that is no multiple of 4."""
 
     def __init__(self, image_channels=3, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,),

@@ -596,8 +596,8 @@ def test_gradient_of_the_loss_by_finite_differences():
 
 
 def test_the_bound_as_a_loss_is_the_mean_of_its_terms():
-    """Eq. 5 for t drawn uniformly: T times the mean of L_{t−1} in bits/dim. With ε_θ = −9 ε that is, by Eq. 12 at σ_t² =
-    β̃_t, β_t² / (2 β̃_t α_t (1−ᾱ_t)) · 100 ε², whatever x̂_0 lies outside of [−1, 1]."""
+    """Eq. 5 for t drawn uniformly: T times the mean of L_{t−1} in bits/dim. With ε_θ = −9 ε that is, by Eq. 12 at σ_t²
+    = β̃_t, β_t² / (2 β̃_t α_t (1−ᾱ_t)) · 100 ε², whatever x̂_0 lies outside of [−1, 1]."""
     x, noise = torch.rand(3, 1, 4, 4, dtype=torch.float64), torch.randn(3, 1, 4, 4, dtype=torch.float64)
     t = torch.tensor([7, 400, 999])
     beta, bar = torch.tensor(BETAS)[t], (1 - torch.tensor(BETAS)).cumprod(0)
@@ -754,8 +754,8 @@ def test_bound_is_negative_log_likelihood_plus_its_gap():
 @pytest.mark.parametrize("m, s", [(0.0, 1.0), (0.3, 0.5), (-0.4, 0.1)])
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
 def test_bound_is_negative_log_likelihood_plus_the_kl_of_the_paths(m, s, variance):
-    """L = −log p_θ(x_0) + KL(q(x_{1:T}|x_0) ‖ p_θ(x_{1:T}|x_0)). With the optimal ε for N(m, s²), p_θ is one Gaussian on
-    all of x_0 … x_T: its covariance gives both by linear algebra, for a chain of eight steps. The code's terms are
+    """L = −log p_θ(x_0) + KL(q(x_{1:T}|x_0) ‖ p_θ(x_{1:T}|x_0)). With the optimal ε for N(m, s²), p_θ is one Gaussian
+    on all of x_0 … x_T: its covariance gives both by linear algebra, for a chain of eight steps. The code's terms are
     quadratic in the noise, so that ±1 averages them exactly; −log p_θ(x_0|x_1) is here a density, not Eq. 13's."""
     steps, x_0 = 8, 0.6
     beta = np.linspace(0.05, 0.9, steps)
@@ -1042,8 +1042,8 @@ def guard_interpolation_starts_at_the_level_it_noised_to():
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned_range"])
 @pytest.mark.parametrize("steps", [1, 7, 50, 1000])
 def test_respaced_keeps_the_marginals_and_asks_at_the_old_t(variance, steps):
-    """Improved DDPM §4: the S-step chain composed by Eq. 2 gives the old ᾱ at the S times kept, and σ_t² is β' or β̃' of
-    the jump from s to t: 1 − ᾱ_t/ᾱ_s, and that times (1−ᾱ_s)/(1−ᾱ_t)."""
+    """Improved DDPM §4: the S-step chain composed by Eq. 2 gives the old ᾱ at the S times kept, and σ_t² is β' or β̃'
+    of the jump from s to t: 1 − ᾱ_t/ᾱ_s, and that times (1−ᾱ_s)/(1−ᾱ_t)."""
     betas = ddpm.linear_beta_schedule(1000)
     full = ddpm.GaussianDiffusion(betas, variance, dtype=torch.float64)
     alpha_bar = np.cumprod(1 - betas.numpy())
@@ -1366,8 +1366,8 @@ def test_network_depends_on_every_input_and_on_nothing_else():
 
 
 def test_a_label_adds_its_embedding_to_the_times():
-    """Label y acts as if its row of the table were added to the time embedding's last bias; there is one row a class, and
-    one for no label."""
+    """Label y acts as if its row of the table were added to the time embedding's last bias; there is one row a class,
+    and one for no label."""
     network, x, t = randomised(small(num_classes=3)), torch.randn(1, 2, 8, 8), torch.tensor([5])
     assert network.label.weight.shape == (4, 32)
     want = network(x, t, torch.tensor([2]))
@@ -1921,8 +1921,8 @@ def test_the_network_is_compiled_when_asked(flags, times, folder, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep memory: run it on Linux")
 def test_freed_memory_is_kept(folder, monkeypatch):
-    """64 MB, taken and given back again and again, are new pages each time, 16,384 of 4 kB; after keep_freed_memory they
-    are the same pages. Told by the operating system's count of page faults. The command line begins with it."""
+    """64 MB, taken and given back again and again, are new pages each time, 16,384 of 4 kB; after keep_freed_memory
+    they are the same pages. Told by the operating system's count of page faults. The command line begins with it."""
     code = """if True:
         import resource, torch, ddpm
         def faults():
@@ -1944,7 +1944,7 @@ def test_freed_memory_is_kept(folder, monkeypatch):
 
 @pytest.mark.parametrize("count, size, batches", [(9, 3, 3), (7, 4, 2), (3, 3, 1)])
 def test_the_batches_of_sampling_are_equally_large(count, size, batches, folder, monkeypatch):
-    """At most 4 at once, all batches of one shape, the labels going on from one to the next; what is over is left out."""
+    """At most 4 at once, all batches of one shape, labels going on from one to the next; what is over is left out."""
     assert cli("--train", *TINY, "--steps", 1) == 0
     original, seen = ddpm.UNet.forward, []
 
@@ -1960,8 +1960,8 @@ def test_the_batches_of_sampling_are_equally_large(count, size, batches, folder,
 
 @pytest.mark.parametrize("at, status", [(1, 130), (2, 130), (3, 0)])
 def test_a_signal_ends_training_after_its_step(at, status, folder, monkeypatch, capsys):
-    """SIGTERM during step 1 or 2 of 3: that step is finished, saved and named, no grid is drawn; during the last the run
-    just ends. The handlers of before are back."""
+    """SIGTERM during step 1 or 2 of 3: that step is finished, saved and named, no grid is drawn; during the last the
+    run just ends. The handlers of before are back."""
     original, steps = GaussianDiffusion.p_losses, []
 
     def signalled(self, *batch):
@@ -1980,8 +1980,8 @@ def test_a_signal_ends_training_after_its_step(at, status, folder, monkeypatch, 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder, monkeypatch, capsys):
-    """NaN at step 5 (counted from 0) of a run that looks every 4 steps and saved at 4: the message names (seed, step), and
-    the checkpoint of before stays."""
+    """NaN at step 5 (counted from 0) of a run that looks every 4 steps and saved at 4: the message names (seed, step),
+    and the checkpoint of before stays."""
     original, steps = GaussianDiffusion.p_losses, []
 
     def broken(self, *batch):
@@ -2281,8 +2281,8 @@ def test_interrupted_training_leaves_a_checkpoint_and_says_how_to_go_on(folder):
 
 
 def test_killed_again_and_again_a_run_ends_the_same_to_the_bit(folder):
-    """SIGKILL at random moments of a run that saves after every step, then --resume: what is there always loads, nothing
-    half-written is taken for a checkpoint, and the weights at the end are an uninterrupted run's. Twice here;
+    """SIGKILL at random moments of a run that saves after every step, then --resume: what is there always loads,
+    nothing half-written is taken for a checkpoint, and the weights at the end are an uninterrupted run's. Twice here;
     DDPM_TEST_KILLS=20 pytest -k killed does it twenty times."""
     flags = [*TINY, "--lr-decay", "constant", "--sample-every", "1000000"]
     command = ["--train", *flags, "--steps", "1000000", "--checkpoint-every", "1", "--out", "cut"]
