@@ -1587,12 +1587,14 @@ def test_published_weights_draw_what_diffusers_draws(folder, capsys):
 )
 def test_published_configurations_that_the_network_cant_be_are_refused_by_name(changes, named, tmp_path):
     """Each field that changes what diffusers' U-Net computes is held to what ours computes. The last row's is accepted,
-    and its empty file of weights refused."""
+    and its empty file of weights refused. However long the reason, one line of at most 200 characters says it."""
     config = {name: value for name, value in {**SMALLER, **changes}.items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=re.escape(named)):
+    with pytest.raises(ValueError, match=re.escape(named)) as refusal:
         ddpm.published(tmp_path)
+    reason = str(refusal.value).removeprefix(f"{tmp_path} is no published network that fits here: ")
+    assert len(reason) <= 200 and "\n" not in reason
 
 
 def test_published_weights_that_would_run_code_are_refused_unrun(tmp_path):
