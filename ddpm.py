@@ -293,7 +293,8 @@ class GaussianDiffusion(nn.Module):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0…1, got {eta}")
         self._check(x_t, t, noise)
-        if not torch.as_tensor((-1 <= prev_t) & (prev_t < t)).all():
+        backwards = (-1 <= prev_t) & (prev_t < t)
+        if not (backwards.all() if torch.is_tensor(backwards) else backwards):
             raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={t}")
         predicted_noise, _ = self._predict(model, x_t, t)
         x_start = self.predict_x_start(x_t, t, predicted_noise)
