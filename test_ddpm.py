@@ -1272,18 +1272,18 @@ def test_groups_of_a_network(dim, groups):
 
 def test_residual_block_written_out():
     """GN–SiLU–conv, + time, GN–SiLU–conv, + shortcut, with torch's functional forms and groups written out."""
-    block = randomised(ddpm.ResidualBlock(32, 64, 12, groups=8))
+    block = randomised(ddpm.ResidualBlock(32, 64, 12))
     x, emb = torch.randn(3, 32, 5, 5), torch.randn(3, 12)
     p = dict(block.named_parameters())
     h = F.conv2d(
-        F.silu(F.group_norm(x, 8, p["norm1.weight"], p["norm1.bias"], 1e-6)),
+        F.silu(F.group_norm(x, 32, p["norm1.weight"], p["norm1.bias"], 1e-6)),
         p["conv1.weight"],
         p["conv1.bias"],
         padding=1,
     )
     h = h + F.linear(F.silu(emb), p["time.weight"], p["time.bias"])[..., None, None]
     h = F.conv2d(
-        F.silu(F.group_norm(h, 8, p["norm2.weight"], p["norm2.bias"], 1e-6)),
+        F.silu(F.group_norm(h, 32, p["norm2.weight"], p["norm2.bias"], 1e-6)),
         p["conv2.weight"],
         p["conv2.bias"],
         padding=1,
