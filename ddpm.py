@@ -10,6 +10,7 @@ float tensors (B, C, H, W) scaled to [−1, 1]; t is int64 (B,), or one plain in
 """
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -30,7 +31,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -785,11 +785,12 @@ def pick_device(name=None):
     """The device of that name, or the best there is; under torchrun each process's own GPU. CUDA is put to TF32."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     return device
 
@@ -829,12 +830,12 @@ def learning_rate(config, step):
     return rise * (1 - step / config.steps if config.lr_decay == "linear" else 1.0)
 
 
-def ema_update(decay):
-    """w̄ ← d w̄ + (1 − d) w with d = min(decay, (1 + n)/(10 + n)) after n updates, so that a short run averages too."""
-    @torch.no_grad()
-    def update(averaged, current, n):
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
-    return update
+@torch.no_grad()
+def ema_update(averaged, model, n, decay):
+    """w̄ ← d w̄ + (1 − d) w for all weights, d = min(decay, (1 + n)/(10 + n)) after n updates, so that a short run
+    averages too; the first copies. (torch's AveragedModel reads n from the device: every step would wait for it.)"""
+    d = min(decay, (1 + n) / (10 + n)) if n else 0.0
+    torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - d)
 
 
 def write(path, save):
@@ -918,8 +919,7 @@ def train(config, checkpoint=None, watch=None):
             raise ValueError(f"{config.data} has {images.shape[1]} channels, {config.weights} {start.image_channels}")
         model.load_state_dict(start.state_dict())
     model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
-    ema = AveragedModel(model, multi_avg_fn=ema_update(config.ema_decay)).eval()
-    ema.n_averaged = ema.n_averaged.cpu()                     # a counter on the GPU would make every step wait for it
+    ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
     parts = dict(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
@@ -968,7 +968,7 @@ def train(config, checkpoint=None, watch=None):
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-            ema.update_parameters(model)
+            ema_update(ema, model, step, config.ema_decay)
 
             done = step + 1
             history.append(torch.stack([loss.detach(), norm]))
@@ -997,7 +997,7 @@ def train(config, checkpoint=None, watch=None):
                              num_classes=num_classes)
                 write(out / "checkpoint.pt", functools.partial(torch.save, state))
             if rank == 0 and (done == config.steps or done % config.sample_every == 0) and not stop:
-                (watch or Run.grid)(Run(config, ema.module, diffusion), done)
+                (watch or Run.grid)(Run(config, ema, diffusion), done)
                 since = time.perf_counter()
             if stop:
                 break
@@ -1032,9 +1032,8 @@ class Run:
         device, checkpoint = pick_device(device), read_checkpoint(out)
         config = dataclasses.replace(checkpoint["config"], bf16=bf16, compile=compile)
         model, diffusion = build(config, checkpoint["image_channels"], checkpoint["num_classes"])
-        ema = AveragedModel(model)
-        ema.load_state_dict(checkpoint["ema"])
-        return cls.ready(config, ema.module, diffusion, device)
+        model.load_state_dict(checkpoint["ema"])
+        return cls.ready(config, model, diffusion, device)
 
     @classmethod
     def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
