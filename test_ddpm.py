@@ -1461,6 +1461,38 @@ def test_cuda_agrees_with_the_cpu():
     torch.testing.assert_close([k.cpu() for k in got], list(want), rtol=1e-2, atol=1e-2)
 
 
+def test_each_process_takes_its_own_gpu_and_touches_no_other(monkeypatch):
+    """torchrun numbers the processes of a machine in LOCAL_RANK; a GPU that is named by number is that one. Seen from
+    how torch is called, so that no GPU is needed. Unless named it is CUDA, else MPS, else the CPU."""
+    touched, settings, there = [], [], {"cuda": True, "mps": True}
+
+    def zeros(size, device):
+        touched.append(device)
+        if device == torch.device("cuda", 7):
+            raise RuntimeError("invalid device ordinal\nand a trace")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "set_device", settings.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", settings.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, want in [(None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1")]:
+        assert ddpm.pick_device(name) == torch.device(want)
+        assert touched == [torch.device(want)] and settings == [torch.device(want), "high"]
+        touched.clear(), settings.clear()
+    with pytest.raises(ValueError, match="device 'cuda:7' can't be used here: invalid device ordinal$"):
+        ddpm.pick_device("cuda:7")
+    assert ddpm.pick_device("cpu") == torch.device("cpu")
+    there["cuda"] = False
+    assert ddpm.pick_device() == torch.device("mps")
+    there["mps"] = False
+    assert ddpm.pick_device() == torch.device("cpu")
+    assert not settings
+    monkeypatch.delenv("LOCAL_RANK")
+    assert ddpm.pick_device("cuda") == torch.device("cuda", 0)
+
+
 class Elsewhere(TorchDispatchMode):
     """A pretended GPU, whose tensors have everything but values. crossed notes, in order, what goes between it and the
     host, for which a real one makes the host wait: a value read, a copy, an operation on tensors of both."""
