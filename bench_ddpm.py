@@ -131,7 +131,6 @@ def peer(name, device):
 def batch(name, device):
     n, size = BATCH[name, device], 8 if name == "digits" else 32
     x = torch.randn(n, 1 if name == "digits" else 3, size, size, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
     t = torch.randint(1000, (n,), device=device)
     return x, t, torch.randint(10, (n,), device=device) if name == "digits" else None
 

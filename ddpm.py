@@ -1053,7 +1053,7 @@ class Run:
         sampling_steps is S; unless given, 50 or T if that is less for DDIM, and T for Algorithm 2."""
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
-        x_t = torch.randn(shape, generator=generator, device=self.device).to(memory_format=torch.channels_last)
+        x_t = torch.randn(shape, generator=generator, device=self.device)
         model = self.model
         if labels is not None:
             model = classifier_free_guidance(model, labels.to(self.device), guidance)

@@ -2065,6 +2065,29 @@ def test_the_batches_of_sampling_are_equally_large(count, size, batches, folder,
     assert len(list(Path("runs/digits/individual").iterdir())) == count
 
 
+def test_a_compiled_network_is_compiled_once(folder, monkeypatch):
+    """torch.compile starts anew at inputs of another kind, shape or stride: training shows it one, and so does each way
+    of sampling, from x_T to the last step."""
+    original, kinds = ddpm.UNet.forward, set()
+
+    def forward(self, *inputs, **named):
+        kinds.add(tuple((each.dtype, each.shape, each.stride()) for each in (*inputs, *named.values())))
+        return original(self, *inputs, **named)
+
+    monkeypatch.setattr(ddpm.UNet, "forward", forward)
+    ways = [("--train", *TINY, "--steps", 4, "--flip", "--sample-every", 9, "--log-every", 9)]
+    ways += [
+        ("--sample", 3, "--sampler", s, "--sampling-steps", 4, *f)
+        for s in ("ddpm", "ddim")
+        for f in ((), ("--guidance", 1))
+    ]
+    monkeypatch.setattr(ddpm.Run, "grid", lambda run, step: None)
+    for way in ways:
+        kinds.clear()
+        assert cli(*way) == 0
+        assert len(kinds) == 1, way
+
+
 @pytest.mark.parametrize("at, status", [(1, 130), (2, 130), (3, 0)])
 def test_a_signal_ends_training_after_its_step(at, status, folder, monkeypatch, capsys):
     """SIGTERM during step 1 or 2 of 3: that step is finished, saved and named, no grid is drawn; during the last the
