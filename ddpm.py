@@ -56,8 +56,8 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def broadcast(values, x):
-    """(B,) or () → (B, 1, 1, 1), to multiply x (B, C, H, W), or as many dimensions as x has; a number stays one."""
-    return values.reshape(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(values) else values
+    """(B,) → (B, 1, 1, 1), to multiply x (B, C, H, W), or as many dimensions as x has; a single number stays one."""
+    return values.reshape(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(values) and values.dim() else values
 
 
 def _randn(shape, like, generator):
@@ -136,11 +136,13 @@ class GaussianDiffusion(nn.Module):
         keep("posterior_log_variance", torch.cat([neighbour, posterior_variance[1:]]).log())
         keep("posterior_mean_x_start", alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod))
         keep("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
-        self._alphas_cumprod = torch.cat([alphas_cumprod_prev[:1], alphas_cumprod])     # float64, x_0's ᾱ = 1 in front
+        self._alphas_cumprod = [1.0, *alphas_cumprod.tolist()]                          # x_0's ᾱ = 1 in front
 
     def _alpha_bar(self, t):
         """ᾱ_t in float64, a number for a number; t = −1 is x_0."""
-        return self._alphas_cumprod[t.cpu() + 1] if torch.is_tensor(t) else self._alphas_cumprod[t + 1].item()
+        if torch.is_tensor(t):
+            return torch.tensor(self._alphas_cumprod, dtype=torch.float64)[t.cpu() + 1]
+        return self._alphas_cumprod[t + 1]
 
     def _check(self, x, t, *others):
         """Refuse what would broadcast or wrap around in silence."""
@@ -301,14 +303,17 @@ class GaussianDiffusion(nn.Module):
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
             predicted_noise = self.predict_noise(x_t, t, x_start)
-        z = (_randn(x_t.shape, x_t, generator) if eta else 0) if noise is None else noise
 
         alpha_bar_t, alpha_bar_s = self._alpha_bar(t), self._alpha_bar(prev_t)
         sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)) ** 0.5 * (1 - alpha_bar_t / alpha_bar_s) ** 0.5
         to_x_start, to_noise = alpha_bar_s**0.5, (1 - alpha_bar_s - sigma**2) ** 0.5
         to_x_start, to_noise, sigma = (broadcast(c, x_t).to(x_t.dtype).to(x_t.device) if torch.is_tensor(c) else c
                                        for c in (to_x_start, to_noise, sigma))
-        return to_x_start * x_start + to_noise * predicted_noise + sigma * z
+        x_s = to_x_start * x_start + to_noise * predicted_noise
+        if eta == 0:
+            return x_s
+        z = _randn(x_t.shape, x_t, generator) if noise is None else noise
+        return x_s + sigma * z
 
     @torch.no_grad()
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
