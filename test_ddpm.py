@@ -2179,7 +2179,7 @@ def test_ema_is_the_weighted_sum_written_out():
             ddpm.ema_update(ema, module, n, decay)
             d = min(decay, (1 + n) / (10 + n))
             want = value if n == 0 else d * want + (1 - d) * value
-        assert ema.weight.item() == pytest.approx(want, rel=1e-4)
+            assert ema.weight.item() == pytest.approx(want, rel=1e-4, abs=1e-6)
 
 
 def test_learning_rate_warms_up_and_decays():
