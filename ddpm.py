@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils._triton import has_triton
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -568,6 +569,10 @@ NAMES = {r"time_embedding\.linear_1": "time.0", r"time_embedding\.linear_2": "ti
          "to_q|query": "qkv.0", "to_k|key": "qkv.1", "to_v|value": "qkv.2"}
 
 
+def in_one_line(error):
+    return " ".join(str(error).split())[:200]
+
+
 def published(folder):
     """The network of a folder like google/ddpm-cifar10-32's: config.json, and diffusion_pytorch_model.bin (torch reads
     it) or .safetensors (the package of that name does) → the UNet, and its arguments but for image_channels.
@@ -588,8 +593,7 @@ def published(folder):
     except ImportError:
         raise ValueError(f"{folder} holds .safetensors, which need that package: pip install safetensors") from None
     except Exception as error:                                # whatever a foreign file makes the readers raise
-        line = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder} is no published network that fits here: {line}") from None
+        raise ValueError(f"{folder} is no published network that fits here: {in_one_line(error)}") from None
     return network.eval(), shape
 
 
@@ -738,7 +742,8 @@ class Config:
     checkpoint_every: int = option(500, "steps between two checkpoints", 1)
     bf16: bool = option(None, "compute in bfloat16; unless said, where the processor has instructions for "
                         "it, which on a CPU is 1.3 (digits) to 1.5 times (the paper's network) as fast")
-    compile: bool = option(None, "torch.compile the network, a minute at the start; unless said, on CUDA only")
+    compile: bool = option(None, "torch.compile the network, a minute at the start; unless said, on CUDA "
+                           "with Triton only")
     device: str = option(None, "cuda, mps or cpu; unless said, the first of them that is there")
     out: str = option(None, "the run's folder; runs/<data> unless said")
 
@@ -803,7 +808,7 @@ def pick_device(name=None):
 def autocast(config, device):
     """bfloat16 where the processor computes in it: it costs no quality, and a CPU that has it trains the digits 1.3
     times and the paper's network 1.5 times as fast."""
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
         device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
     return torch.autocast(device.type, torch.bfloat16, enabled=native if config.bf16 is None else config.bf16)
 
@@ -819,8 +824,9 @@ def keep_freed_memory():
 
 
 def compiled(config, device, network, mode=None):
-    """The network through torch.compile, if config.compile says so or, where it is silent, on CUDA."""
-    wanted = device.type == "cuda" if config.compile is None else config.compile
+    """The network through torch.compile, if config.compile says so or, where it is silent, on CUDA with Triton, which
+    torch brings along on Linux alone."""
+    wanted = device.type == "cuda" and has_triton() if config.compile is None else config.compile
     return torch.compile(network, mode=mode, dynamic=False) if wanted else network
 
 
@@ -1288,10 +1294,17 @@ def main(arguments=None):
             evaluate(run, given["evaluate"], given.get("seed", 0))
         else:
             run_train(given)
+        return
     except (ValueError, OSError) as error:
-        sys.exit(print(f"ddpm.py: error: {error}", file=sys.stderr) or 2)
+        status, line = 2, f"error: {error}"
     except KeyboardInterrupt as interruption:
-        sys.exit(print(f"ddpm.py: {interruption or 'interrupted'}", file=sys.stderr) or 130)
+        status, line = 130, interruption or "interrupted"
+    except torch.OutOfMemoryError as error:
+        status, line = 2, f"error: {str(error).split('. ')[0]}; a smaller --batch-size or --sampling-batch needs less"
+    except torch._dynamo.exc.TorchDynamoException as error:
+        status, line = 2, f"error: torch.compile fails ({in_one_line(error)}); --no-compile does without"
+    print(f"ddpm.py: {line}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2026,6 +2026,62 @@ def test_the_network_is_compiled_when_asked(flags, times, folder, monkeypatch):
     assert len(calls) == 3 * times
 
 
+@pytest.mark.parametrize(
+    "device, triton, said, want",
+    [
+        ("cuda", True, None, True),
+        ("cuda", False, None, False),
+        ("cuda", False, True, True),
+        ("cuda", True, False, False),
+        ("mps", True, None, False),
+        ("cpu", True, None, False),
+        ("cpu", False, True, True),
+    ],
+)
+def test_unless_said_a_network_is_compiled_on_cuda_with_triton(device, triton, said, want, monkeypatch):
+    """The mistake: torch.compile on CUDA without a look for Triton, which torch does not bring along on Windows, nor is
+    there one for old GPUs, so that training ends at its first step."""
+    monkeypatch.setattr(ddpm, "has_triton", lambda: triton)
+    monkeypatch.setattr(torch, "compile", lambda network, mode, dynamic: (network, mode, dynamic))
+    got = ddpm.compiled(ddpm.preset("digits", compile=said), torch.device(device), "network", "a mode")
+    assert got == (("network", "a mode", False) if want else "network")
+
+
+@pytest.mark.parametrize("native, said, want", [(1, None, True), (0, None, False), (1, False, False), (0, True, True)])
+def test_unless_said_bfloat16_is_used_where_cuda_computes_in_it(native, said, want, monkeypatch):
+    """The mistake: to believe a GPU that emulates bfloat16, slowly, as those before Ampere do."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, bool(enabled)))
+    got = ddpm.autocast(ddpm.preset("digits", bf16=said), torch.device("cuda", 0))
+    assert got == ("cuda", torch.bfloat16, want)
+
+
+def test_what_a_device_or_a_compiler_lacks_is_one_line(folder, monkeypatch, capsys):
+    """Memory, as CUDA says it, and a torch.compile that does not get through."""
+
+    def exhausted(self, *batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total of 8.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GaussianDiffusion, "p_losses", exhausted)
+        assert cli("--train", *TINY, "--steps", 1) == 2
+    line = "ddpm.py: error: CUDA out of memory; a smaller --batch-size or --sampling-batch needs less"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler\nto be found")
+
+    monkeypatch.setattr(
+        torch, "compile", lambda network, original=torch.compile, **_: original(network, backend=broken)
+    )
+    assert cli("--train", *TINY, "--steps", 1, "--compile") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        re.match(r"ddpm.py: error: torch.compile fails \(.*no compiler to be found.*; --no-compile does without$", line)
+        and len(line) < 280
+    )
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is told to keep memory: run it on Linux")
 def test_freed_memory_is_kept(folder, monkeypatch):
     """64 MB, taken and given back again and again, are new pages each time, 16,384 of 4 kB; after keep_freed_memory
