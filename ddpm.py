@@ -791,6 +791,11 @@ def build(config, image_channels, num_classes):
     return model, build_diffusion(config)
 
 
+def processes():
+    """The number of this process, and how many share the work, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def pick_device(name=None):
     """The device of that name, or the best there is; under torchrun each process's own GPU. CUDA is put to TF32."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -914,7 +919,7 @@ def train(config, checkpoint=None, watch=None):
 
     checkpoint, from read_checkpoint, goes on with a run. watch(run, step) is called every config.sample_every steps and
     at the end; unless given, it draws a grid. Under torchrun every process works on its share of each batch."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = processes()
     if config.batch_size % ranks:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {ranks} processes that share it")
     device, out = pick_device(config.device), Path(config.out)
@@ -1106,7 +1111,7 @@ def sample(run, count, label=None, unconditional=False, sampling_batch=64, indiv
     pictures do not depend on how many processes share the batches."""
     if count < 1 or sampling_batch < 1:
         raise ValueError(f"--sample and --sampling-batch must be at least 1, got {count} and {sampling_batch}")
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = processes()
     quiet = None if rank == 0 else True
     batches = math.ceil(count / sampling_batch)
     size = math.ceil(count / batches)
@@ -1253,7 +1258,9 @@ def run_train(given):
             if name in given:
                 raise ValueError(f"--{name.replace('_', '-')} does not go with --weights, which have their own")
         out = train(preset(**{"data": "digits", **shape, **given}))
-    print(f"the run is in {out}: checkpoint.pt, log.csv, samples-*.png\nnext: python ddpm.py --sample 64 --out {out}")
+    if processes()[0] == 0:
+        print(f"the run is in {out}: checkpoint.pt, log.csv, samples-*.png")
+        print(f"next: python ddpm.py --sample 64 --out {out}")
 
 
 def run_sample(given):
@@ -1277,7 +1284,8 @@ def run_sample(given):
         raise ValueError("--unconditional goes with neither --label nor --guidance")
     if label is not None and not 0 <= label < classes:
         raise ValueError(f"--label must lie in 0…{classes - 1}, got {label}")
-    print(*sample(run, given["sample"], **how), sep="\n")
+    for path in sample(run, given["sample"], **how):
+        print(path)
 
 
 def main(arguments=None):

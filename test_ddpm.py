@@ -2518,7 +2518,7 @@ ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1")
 def test_two_processes_train_as_one(folder):
     """torchrun with two gloo processes: the weights after 3 steps are one process's on the same global batch (to
     float32's rounding), and so they are at step 5, gone on with by as many processes as the other began with. Rank 0
-    alone writes, and their samples are one process's to the byte."""
+    alone writes and speaks, and their samples are one process's to the byte."""
     flags = [*TINY, "--dropout", "0", "--lr", "1e-3", "--lr-decay", "constant", "--no-bf16"]
 
     def close(one, two):
@@ -2528,9 +2528,11 @@ def test_two_processes_train_as_one(folder):
     def as_two(*arguments):
         job = subprocess.run([*TORCHRUN, *map(str, arguments)], check=True, capture_output=True, env=ONE_THREAD)
         assert b"images/s" not in job.stderr and b"batches" not in job.stderr  # no bars where nobody looks
+        return job.stdout.decode().splitlines()
 
     assert cli("--train", *flags, "--steps", 3, "--out", "one") == 0
-    as_two("--train", *flags, "--steps", 3, "--out", "two")
+    said = as_two("--train", *flags, "--steps", 3, "--out", "two")
+    assert [line.split(" ")[0] for line in said] == ["1,618", "the", "next:"]
     close(weights("one"), weights("two"))
     assert len(Path("two/log.csv").read_text().splitlines()) == len(Path("one/log.csv").read_text().splitlines())
     as_two("--train", "--resume", "--steps", 5, "--out", "one")
@@ -2538,7 +2540,7 @@ def test_two_processes_train_as_one(folder):
     assert weights("one")["step"] == weights("two")["step"] == 5
     close(weights("one"), weights("two"))
     sampling = ["--sample", "6", "--sampling-batch", "2", "--sampling-steps", "4", "--out", "two", "--individual"]
-    as_two(*sampling)
+    assert as_two(*sampling) == ["two/samples.png", "two/individual"]
     shared = [p.read_bytes() for p in sorted(Path("two/individual").iterdir())]
     assert cli(*sampling) == 0
     assert len(shared) == 6 and shared == [p.read_bytes() for p in sorted(Path("two/individual").iterdir())]
