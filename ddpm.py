@@ -744,7 +744,7 @@ class Config:
                         "it, which on a CPU is 1.3 (digits) to 1.5 times (the paper's network) as fast")
     compile: bool = option(None, "torch.compile the network, a minute at the start; unless said, on CUDA "
                            "with Triton only")
-    device: str = option(None, "cuda, mps or cpu; unless said, the first of them that is there")
+    device: str = option(None, "cuda (cuda:1 is the second), mps or cpu; unless said, the first that is there")
     out: str = option(None, "the run's folder; runs/<data> unless said")
 
     def __post_init__(self):
@@ -832,6 +832,8 @@ def compiled(config, device, network, mode=None):
     """The network through torch.compile, if config.compile says so or, where it is silent, on CUDA with Triton, which
     torch brings along on Linux alone."""
     wanted = device.type == "cuda" and has_triton() if config.compile is None else config.compile
+    if wanted and processes()[0] == 0:
+        print("the network is compiled first, a minute or so: --no-compile does without", file=sys.stderr)
     return torch.compile(network, mode=mode, dynamic=False) if wanted else network
 
 

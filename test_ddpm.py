@@ -2038,13 +2038,17 @@ def test_the_network_is_compiled_when_asked(flags, times, folder, monkeypatch):
         ("cpu", False, True, True),
     ],
 )
-def test_unless_said_a_network_is_compiled_on_cuda_with_triton(device, triton, said, want, monkeypatch):
+def test_unless_said_a_network_is_compiled_on_cuda_with_triton(device, triton, said, want, monkeypatch, capsys):
     """The mistake: torch.compile on CUDA without a look for Triton, which torch does not bring along on Windows, nor is
     there one for old GPUs, so that training ends at its first step."""
     monkeypatch.setattr(ddpm, "has_triton", lambda: triton)
     monkeypatch.setattr(torch, "compile", lambda network, mode, dynamic: (network, mode, dynamic))
     got = ddpm.compiled(ddpm.preset("digits", compile=said), torch.device(device), "network", "a mode")
     assert got == (("network", "a mode", False) if want else "network")
+    assert ("--no-compile" in capsys.readouterr().err) == want
+    monkeypatch.setenv("RANK", "1")
+    assert got == ddpm.compiled(ddpm.preset("digits", compile=said), torch.device(device), "network", "a mode")
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("native, said, want", [(1, None, True), (0, None, False), (1, False, False), (0, True, True)])
