@@ -2519,6 +2519,23 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1")
 
 
+@pytest.mark.parametrize("device, backend", [("cuda", "nccl"), ("cpu", "gloo")])
+def test_processes_speak_nccl_between_gpus_and_gloo_otherwise(device, backend, folder, monkeypatch):
+    """Seen from how torch.distributed is called, all tensors staying where they are, so that no GPU is needed."""
+
+    def init_process_group(backend):
+        raise ValueError(f"asked for {backend}")
+
+    data = load_data("digits", split="train")
+    monkeypatch.setattr(ddpm, "load_data", lambda name, size, device, split: data)
+    monkeypatch.setattr(ddpm, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(nn.Module, "to", lambda self, device, **_: self)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"asked for {backend}"):
+        ddpm.train(ddpm.preset("digits"))
+
+
 def test_two_processes_train_as_one(folder):
     """torchrun with two gloo processes: the weights after 3 steps are one process's on the same global batch (to
     float32's rounding), and so they are at step 5, gone on with by as many processes as the other began with. Rank 0
