@@ -48,6 +48,7 @@ from ddpm import (
     cosine_beta_schedule,
     linear_beta_schedule,
     load_data,
+    pick_device,
 )
 
 setup = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
@@ -63,6 +64,15 @@ WORLDS = [(0.0, 1.0), (0.3, 0.5), (-0.4, 0.1), (0.7, 0.0)]  # m, s
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu():
+    """Whatever else this machine has: a result to the bit is the CPU's, and nothing is compiled first there. A test of
+    another device names it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddpm, "pick_device", lambda name=None: pick_device(name or "cpu"))
+        yield
 
 
 def exact(variance="fixed_large", betas=BETAS, **more):
@@ -1450,7 +1460,10 @@ def test_network_in_other_dtypes_and_memory_formats():
         assert (network(x, t).float() - network(x, t)).abs().mean() < 0.1 * want.abs().mean()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it on a machine that has one")
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: run it where there is one")
+
+
+@NO_CUDA
 def test_cuda_agrees_with_the_cpu():
     """The same picture, network, noise and step on both devices."""
     network, x, t = randomised(small()), torch.randn(2, 2, 8, 8), torch.tensor([3, 900])
@@ -1478,19 +1491,19 @@ def test_each_process_takes_its_own_gpu_and_touches_no_other(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
     monkeypatch.setenv("LOCAL_RANK", "3")
     for name, want in [(None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1")]:
-        assert ddpm.pick_device(name) == torch.device(want)
+        assert pick_device(name) == torch.device(want)
         assert touched == [torch.device(want)] and settings == [torch.device(want), "high"]
         touched.clear(), settings.clear()
     with pytest.raises(ValueError, match="device 'cuda:7' can't be used here: invalid device ordinal$"):
-        ddpm.pick_device("cuda:7")
-    assert ddpm.pick_device("cpu") == torch.device("cpu")
+        pick_device("cuda:7")
+    assert pick_device("cpu") == torch.device("cpu")
     there["cuda"] = False
-    assert ddpm.pick_device() == torch.device("mps")
+    assert pick_device() == torch.device("mps")
     there["mps"] = False
-    assert ddpm.pick_device() == torch.device("cpu")
+    assert pick_device() == torch.device("cpu")
     assert not settings
     monkeypatch.delenv("LOCAL_RANK")
-    assert ddpm.pick_device("cuda") == torch.device("cuda", 0)
+    assert pick_device("cuda") == torch.device("cuda", 0)
 
 
 class Elsewhere(TorchDispatchMode):
@@ -2361,6 +2374,32 @@ def test_a_tiny_network_overfits_and_samples_its_pictures(folder):
     assert losses[0] > 2 * losses[-1]
 
 
+@pytest.mark.parametrize(
+    "device, flags",
+    [
+        ("cpu", ("--no-compile",)),
+        pytest.param("cuda", ("--no-compile", "--no-bf16"), marks=NO_CUDA),
+        pytest.param("cuda", (), marks=NO_CUDA),
+    ],
+)
+def test_each_device_trains_goes_on_draws_and_evaluates(device, flags, folder, capsys):
+    """What the command line does, on the device that it is told; the same seed draws the same pictures there."""
+    flags = ["--device", device, *flags]
+    assert cli("--train", *TINY, "--steps", 5, "--flip", *flags) == 0
+    assert f" {pick_device(device)}, 5 steps" in capsys.readouterr().out
+    assert cli("--train", "--resume", "--steps", 8, *flags) == 0
+    rows = [row.split(",") for row in Path("runs/digits/log.csv").read_text().splitlines()[1:]]
+    assert rows[-1][0] == "8" and all(math.isfinite(float(row[1])) for row in rows)
+    for how in (("--sampler", "ddpm"), ("--guidance", 1), ("--eta", 1, "--animate")):
+        pictures = []
+        for _ in range(2):
+            assert cli("--sample", 6, "--sampling-batch", 3, "--sampling-steps", 4, *how, *flags) == 0
+            pictures.append(Path("runs/digits/samples.png").read_bytes())
+        assert pictures[0] == pictures[1]
+    assert cli("--evaluate", 5, *flags) == 0
+    assert "NLL" in capsys.readouterr().out
+
+
 def guard_sampling_uses_the_averaged_weights():
     run, checkpoint = ddpm.Run.read("runs/digits"), weights("runs/digits")
     for name, value in run.model.state_dict().items():
@@ -2449,7 +2488,7 @@ def test_interrupted_training_leaves_a_checkpoint_and_says_how_to_go_on(folder):
     for number in (signal.SIGINT, signal.SIGTERM):
         out = f"run{number}"
         process = subprocess.Popen(
-            [sys.executable, HERE / "ddpm.py", "--train", *TINY, "--steps", "100000", "--out", out],
+            [sys.executable, HERE / "ddpm.py", "--device", "cpu", "--train", *TINY, "--steps", "100000", "--out", out],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
@@ -2477,7 +2516,9 @@ def test_killed_again_and_again_a_run_ends_the_same_to_the_bit(folder):
     flags = [*TINY, "--lr-decay", "constant", "--sample-every", "1000000"]
     command = ["--train", *flags, "--steps", "1000000", "--checkpoint-every", "1", "--out", "cut"]
     for moment in np.random.default_rng(SEED).uniform(0.1, 0.6, int(os.environ.get("DDPM_TEST_KILLS", 2))):
-        process = subprocess.Popen([sys.executable, HERE / "ddpm.py", *command], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, HERE / "ddpm.py", "--device", "cpu", *command], stdout=subprocess.PIPE, text=True
+        )
         deadline = time.time() + 120
         while not Path("cut/checkpoint.pt").exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.01)
@@ -2516,6 +2557,7 @@ def test_evaluate_prints_the_bound_and_its_parts(folder, capsys):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ddpm.py"]
+TORCHRUN += ["--device", "cpu"]
 ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1")
 
 
