@@ -2064,13 +2064,30 @@ def test_unless_said_a_network_is_compiled_on_cuda_with_triton(device, triton, s
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("native, said, want", [(1, None, True), (0, None, False), (1, False, False), (0, True, True)])
-def test_unless_said_bfloat16_is_used_where_cuda_computes_in_it(native, said, want, monkeypatch):
+@pytest.mark.parametrize(
+    "device, cuda, avx512, amx, said, want",
+    [
+        ("cuda", True, False, False, None, True),
+        ("cuda", False, True, True, None, False),
+        ("cuda", True, True, True, False, False),
+        ("cuda", False, False, False, True, True),
+        ("cpu", True, False, False, None, False),
+        ("cpu", False, True, False, None, True),
+        ("cpu", False, False, True, None, True),
+        ("cpu", False, True, True, False, False),
+        ("mps", True, True, True, None, False),
+    ],
+)
+def test_unless_said_bfloat16_is_used_where_the_device_computes_in_it(
+    device, cuda, avx512, amx, said, want, monkeypatch
+):
     """The mistake: to believe a GPU that emulates bfloat16, slowly, as those before Ampere do."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, bool(enabled)))
-    got = ddpm.autocast(ddpm.preset("digits", bf16=said), torch.device("cuda", 0))
-    assert got == ("cuda", torch.bfloat16, want)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or cuda)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, enabled))
+    got = ddpm.autocast(ddpm.preset("digits", bf16=said), torch.device(device))
+    assert got == (device, torch.bfloat16, want)
 
 
 def test_what_a_device_or_a_compiler_lacks_is_one_line(folder, monkeypatch, capsys):
@@ -2554,6 +2571,11 @@ def test_evaluate_prints_the_bound_and_its_parts(folder, capsys):
     rate, distortion, rmse = map(float, re.search(r"rate ([\d.]+), distortion ([\d.]+) \(RMSE ([\d.]+)", said).groups())
     assert rate + distortion == pytest.approx(bits["total"].mean().item(), abs=3e-4)
     assert rmse == pytest.approx(127.5 * bits["squared_error"][:, 0].mean().item() ** 0.5, abs=0.01)
+    said = []
+    for seed in ((), ("--seed", 0), ("--seed", 2**32 - 1)):
+        assert cli("--evaluate", 5, *seed) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ddpm.py"]
@@ -2790,6 +2812,7 @@ REFUSED = [
     ("--sample 4 --sampler euler", "sampler.*euler"),
     ("--sample 4 --sampling-batch 0", "--sampling-batch .*0"),
     ("--sample 4 --seed -2", "--seed .*-2"),
+    ("--sample 4 --seed 4294967296", "--seed must lie in 0…4294967295, got 4294967296$"),
     ("--sample 4 --lr 1", "--lr does not go with --sample"),
     ("--sample 4 --steps 10", "--steps does not go with --sample"),
     ("--sample 4 --resume", "--resume does not go with --sample"),
