@@ -1,7 +1,7 @@
 """The proof of ddpm.py, in the order of the paper. Each test derives what it expects a second way: a closed form, exact
 arithmetic, quadrature, an independent transcription in NumPy, or another library.
 
-    pytest                          # about two minutes
+    pytest                          # about two minutes, on the CPU; where there is CUDA, its own tests too
     DDPM_TEST_SEED=7 pytest         # other random numbers; every statistical test states how often it may fail by
     chance
 
