@@ -570,6 +570,7 @@ NAMES = {r"time_embedding\.linear_1": "time.0", r"time_embedding\.linear_2": "ti
 
 
 def in_one_line(error):
+    """What an exception says, as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 

@@ -51,7 +51,7 @@ from ddpm import (
     pick_device,
 )
 
-setup = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+register_device = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 SEED = int(os.environ.get("DDPM_TEST_SEED", 0))
 HERE = Path(__file__).parent
 T = 1000
@@ -1524,8 +1524,10 @@ class Elsewhere(TorchDispatchMode):
             return operation(*arguments, **named)
         if read or len({*places, target} - {None}) > 1:
             self.crossed.append(operation.overloadpacket.__name__)
-        if read or target == "cpu":
-            return 1 if read else torch.ones(arguments[0].shape, dtype=named.get("dtype"))
+        if read:
+            return 1
+        if target == "cpu":
+            return torch.ones(arguments[0].shape, dtype=named.get("dtype"))
         arguments = tree_map_only(torch.Tensor, self.without_values.from_tensor, arguments)
         with self.without_values:
             return operation(*arguments, **named)
@@ -1534,7 +1536,7 @@ class Elsewhere(TorchDispatchMode):
 def crossings():
     """What crosses during six steps of training that log every third, and during sampling with guidance, on a GPU that
     is pretended for the rest of this process."""
-    setup("elsewhere")
+    register_device("elsewhere")
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     ddpm.pick_device = lambda name: torch.device("elsewhere", 0)
     ddpm.autocast = lambda config, device: contextlib.nullcontext()
@@ -1560,17 +1562,18 @@ def crossings():
     return device.crossed
 
 
-@pytest.mark.skipif(setup is None, reason="pretending a GPU needs torch 2.9: pip install --upgrade torch")
+@pytest.mark.skipif(register_device is None, reason="needs a newer torch to pretend: pip install --upgrade torch")
 def test_neither_training_nor_sampling_waits_for_the_gpu(folder):
     """Training reads from a GPU when it logs, one copy for all steps since, and at no other time; sampling never does,
     once it has looked at the labels that guidance is for."""
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     code = "import test_ddpm; print(*test_ddpm.crossings())"
     said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    before, *crossed = said.stdout.splitlines()[-1].partition("step")
-    assert "_to_copy" in before
+    crossed = said.stdout.splitlines()[-1].split()
+    start = crossed.index("step")
+    assert "_to_copy" in crossed[:start]
     logged = ["step", "step", "step", "_to_copy"]
-    assert "".join(crossed).split() == [*logged, *logged, "_local_scalar_dense", "sampling", "sampled"]
+    assert crossed[start:] == [*logged, *logged, "_local_scalar_dense", "sampling", "sampled"]
 
 
 def test_network_exports_and_compiles_as_one_graph():
@@ -2578,8 +2581,8 @@ def test_evaluate_prints_the_bound_and_its_parts(folder, capsys):
     assert said[0] == said[1] != said[2]
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE / "ddpm.py"]
-TORCHRUN += ["--device", "cpu"]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = [sys.executable, *TWO_PROCESSES, HERE / "ddpm.py", "--device", "cpu"]
 ONE_THREAD = dict(os.environ, OMP_NUM_THREADS="1")
 
 
