@@ -200,7 +200,7 @@ def test_forward(benchmark, name, device):
 def test_training_step(benchmark, name, device):
     """Forward, backward, clipping and Adam: what Algorithm 1 costs."""
     (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
-    compiled = ddpm.compiled(ddpm.preset(name), torch.device(device), model.train())
+    compiled = ddpm.maybe_compile(ddpm.preset(name), torch.device(device), model.train())
 
     def loss(network):
         with autocast(name, device):
@@ -333,7 +333,7 @@ def draw(lab, run, count=None, labels=None, diffusion=None, **how):
     parts = []
     for i in tqdm(range(0, count, lab.batch), unit=" batches", leave=False, disable=None):
         part = None if labels is None else labels[i : i + lab.batch]
-        x = ddpm._last(run.steps(min(lab.batch, count - i), part, ddpm.seed_of(lab.seed, i), **how))
+        x = ddpm.last(run.trajectory(min(lab.batch, count - i), part, ddpm.derive_seed(lab.seed, "sampling", i), **how))
         parts.append(ddpm.to_pixels(x).cpu())
     return torch.cat(parts)
 
@@ -463,7 +463,7 @@ def guidance(lab):
     figure, (left, *others) = lab.plot.subplots(
         1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=[1, 1.3, 1.3]
     )
-    grid = ddpm.picture(torch.stack(examples, 1).flatten(0, 1), len(scales))
+    grid = ddpm.make_grid_image(torch.stack(examples, 1).flatten(0, 1), len(scales))
     left.imshow(grid, cmap="gray")
     left.set(xlabel="w", yticks=[])
     left.set_xticks([(i + 0.5) * grid.width / len(scales) for i in range(len(scales))], scales)
@@ -609,7 +609,7 @@ def progress(lab):
             x_t = run.diffusion.p_sample(model, x_t, t)
     backwards[-1] = x_t
     strips = [torch.stack(strip, 1).flatten(0, 1) for strip in (forwards, backwards, guesses)]
-    return ddpm.picture(ddpm.to_pixels(torch.cat(strips)), len(shown))
+    return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(strips)), len(shown))
 
 
 DEPTHS = (999, 750, 500, 250, 125)
@@ -622,9 +622,9 @@ def sharing(lab):
     for t in DEPTHS:
         torch.manual_seed(lab.seed)
         x_t = run.diffusion.q_sample(x_start, t)
-        x = ddpm._last(run.diffusion.p_sample_steps(run.model, x_t.expand(8, *x_t.shape[1:]), t))
+        x = ddpm.last(run.diffusion.p_sample_steps(run.model, x_t.expand(8, *x_t.shape[1:]), t))
         rows.append(torch.cat([x_start, x_t, x]))
-    return ddpm.picture(ddpm.to_pixels(torch.cat(rows)), 10)
+    return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(rows)), 10)
 
 
 def interpolation(lab):
@@ -637,7 +637,7 @@ def interpolation(lab):
         many, noise = (9, *a.shape[1:]), torch.randn_like(a)
         x = run.diffusion.interpolate(run.model, a.expand(many), b.expand(many), t, weights, noise.expand(many))
         rows.append(torch.cat([a, x, b]))
-    return ddpm.picture(ddpm.to_pixels(torch.cat(rows)), 11)
+    return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(rows)), 11)
 
 
 def training_cost(batch, size, device):

@@ -31,7 +31,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils._triton import has_triton
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -65,7 +64,7 @@ def _randn(shape, like, generator):
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def _last(steps):
+def last(steps):
     for x_t in steps:
         pass
     return x_t
@@ -113,7 +112,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"variance must be fixed_large, fixed_small or learned_range, got {variance!r}")
         if loss not in ("simple", "bound"):
             raise ValueError(f"loss must be simple or bound, got {loss!r}")
-        self.timesteps, self.variance, self.loss = len(betas), variance, loss
+        self.timesteps, self.variance_type, self.loss_type = len(betas), variance, loss
 
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
@@ -160,15 +159,23 @@ class GaussianDiffusion(nn.Module):
         elif t.device.type == "cpu" and not ((0 <= t) & (t < self.timesteps)).all():   # elsewhere the look would wait
             raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
 
+    def _start(self, shape, noise, generator):
+        """x_T ~ N(0, I) of the given shape, or noise, which must have it."""
+        if noise is None:
+            return _randn(shape, self.betas, generator)
+        if noise.shape != torch.Size(shape):
+            raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
+        return noise
+
     def _predict(self, model, x_t, t):
         """ε_θ(x_t, t), and v or None."""
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
         prediction = model(x_t, t).to(x_t.dtype)
-        channels = x_t.shape[1] * (2 if self.variance == "learned_range" else 1)
+        channels = x_t.shape[1] * (2 if self.variance_type == "learned_range" else 1)
         if prediction.shape != (len(x_t), channels, *x_t.shape[2:]):
-            raise ValueError(f"with variance={self.variance} and x_t {tuple(x_t.shape)} the model must return "
+            raise ValueError(f"with variance={self.variance_type} and x_t {tuple(x_t.shape)} the model must return "
                              f"{channels} channels, got {tuple(prediction.shape)}")
-        return prediction.split(x_t.shape[1], dim=1) if self.variance == "learned_range" else (prediction, None)
+        return prediction.split(x_t.shape[1], dim=1) if self.variance_type == "learned_range" else (prediction, None)
 
     # Forward process
 
@@ -199,7 +206,7 @@ class GaussianDiffusion(nn.Module):
         noise = torch.randn_like(x_start) if noise is None else noise
         self._check(x_start, t, noise)
         x_t = self.q_sample(x_start, t, noise)
-        if self.loss == "bound":
+        if self.loss_type == "bound":
             return self.timesteps * self.bound_term(model, x_start, x_t, t, clip_denoised=False)[0].mean()
         predicted_noise, v = self._predict(model, x_t, t)
         loss = (noise - predicted_noise).square().mean()
@@ -235,9 +242,9 @@ class GaussianDiffusion(nn.Module):
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
         mean, variance, log_variance = self.q_posterior(x_start, x_t, t)
-        if self.variance == "fixed_large":
+        if self.variance_type == "fixed_large":
             variance, log_variance = broadcast(self.betas[t], x_t), broadcast(self.log_betas[t], x_t)
-        elif self.variance == "learned_range":
+        elif self.variance_type == "learned_range":
             log_variance = v * broadcast(self.log_betas[t], x_t) + (1 - v) * log_variance
             variance = log_variance.exp()
         return mean, variance, log_variance, x_start
@@ -259,17 +266,17 @@ class GaussianDiffusion(nn.Module):
 
     def p_sample_loop(self, model, shape, clip_denoised=True, noise=None, generator=None):
         """x_T ~ N(0, I), or noise; then Algorithm 2 down to x_0, of the given shape."""
-        x_t = _randn(shape, self.betas, generator) if noise is None else noise
-        return _last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
+        x_t = self._start(shape, noise, generator)
+        return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
-    def respaced(self, model, steps):
+    def respace(self, model, steps):
         """The same process seen at S = steps of its T times, and the model for it: Algorithm 2 in S steps (Improved
         DDPM §4). β' = 1 − ᾱ_t/ᾱ_s between neighbours s < t of ddim_timesteps; the model is asked at the old t."""
         timesteps = torch.tensor(self.ddim_timesteps(steps)[::-1])
         alphas_cumprod = self._alpha_bar(timesteps)
         betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
         timesteps = timesteps.to(self.betas.device)
-        return (GaussianDiffusion(betas, self.variance, self.loss, self.betas.dtype).to(self.betas.device),
+        return (GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype).to(self.betas.device),
                 lambda x_t, t: model(x_t, timesteps[t]))
 
     def interpolate(self, model, x_start_a, x_start_b, t, weight, noise=None, generator=None):
@@ -277,7 +284,7 @@ class GaussianDiffusion(nn.Module):
         Both take the same noise, so that at λ = ½ the mix keeps its level."""
         noise = _randn(x_start_a.shape, x_start_a, generator) if noise is None else noise
         x_t = (1 - weight) * self.q_sample(x_start_a, t, noise) + weight * self.q_sample(x_start_b, t, noise)
-        return _last(self.p_sample_steps(model, x_t, t, generator=generator))
+        return last(self.p_sample_steps(model, x_t, t, generator=generator))
 
     # DDIM
 
@@ -326,8 +333,8 @@ class GaussianDiffusion(nn.Module):
 
     def ddim_sample_loop(self, model, shape, steps, eta=0.0, clip_denoised=True, noise=None, generator=None):
         """x_T ~ N(0, I), or noise; then S = steps steps of DDIM down to x_0, of the given shape."""
-        x_t = _randn(shape, self.betas, generator) if noise is None else noise
-        return _last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
+        x_t = self._start(shape, noise, generator)
+        return last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
 
     # Likelihood and score
 
@@ -574,7 +581,7 @@ def in_one_line(error):
     return " ".join(str(error).split())[:200]
 
 
-def published(folder):
+def load_published(folder):
     """The network of a folder like google/ddpm-cifar10-32's: config.json, and diffusion_pytorch_model.bin (torch reads
     it) or .safetensors (the package of that name does) → the UNet, and its arguments but for image_channels.
 
@@ -734,7 +741,7 @@ class Config:
     warmup: int = option(50, "steps over which the learning rate rises from 0", 0)
     lr_decay: str = option("linear", "the learning rate after warm-up: constant, or falling to 0 at the last step",
                            choices=("constant", "linear"))
-    grad_clip: float = option(1.0, "largest norm of a gradient", 0)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", 0)
     ema_decay: float = option(0.9999, "decay of the averaged weights, a step", 0, 0.999999)
     flip: bool = option(False, "mirror half of the pictures left to right")
     seed: int = option(0, "seed of everything random")
@@ -792,7 +799,7 @@ def build(config, image_channels, num_classes):
     return model, build_diffusion(config)
 
 
-def processes():
+def rank_and_world_size():
     """The number of this process, and how many share the work, as torchrun says."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -829,18 +836,23 @@ def keep_freed_memory():
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def compiled(config, device, network, mode=None):
+def maybe_compile(config, device, network, mode=None):
     """The network through torch.compile, if config.compile says so or, where it is silent, on CUDA with Triton, which
     torch brings along on Linux alone."""
-    wanted = device.type == "cuda" and has_triton() if config.compile is None else config.compile
-    if wanted and processes()[0] == 0:
+    wanted = config.compile
+    if wanted is None:
+        from torch.utils._triton import has_triton
+        wanted = device.type == "cuda" and has_triton()
+    if wanted and rank_and_world_size()[0] == 0:
         print("the network is compiled first, a minute or so: --no-compile does without", file=sys.stderr)
     return torch.compile(network, mode=mode, dynamic=False) if wanted else network
 
 
-def seed_of(*numbers):
-    """One 32-bit seed out of several numbers, such as (seed, step): a step depends on nothing that came before it."""
-    return np.random.SeedSequence(numbers).generate_state(1).item()
+def derive_seed(seed, use, *numbers):
+    """A 32-bit seed for one use of randomness, such as derive_seed(seed, "training", step, rank). Different uses and
+    different numbers give different streams: children of seed in NumPy's SeedSequence."""
+    spawn_key = (int.from_bytes(use.encode(), "big"), *numbers)
+    return np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(1).item()
 
 
 def learning_rate(config, step):
@@ -857,7 +869,7 @@ def ema_update(averaged, model, n, decay):
     torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - d)
 
 
-def write(path, save):
+def atomic_write(path, save):
     """save(file) beside, synced, then renamed: at any instant path is the old file or the new one, whole."""
     beside = path.with_name(path.name + ".part")
     try:
@@ -898,7 +910,7 @@ def start_folder(out, first):
         print(f"the earlier run in {out} is now {out.rename(aside)}")
     out.mkdir(parents=True, exist_ok=True)
     kept = [LOG, *(row for row in rows if int(row.split(",")[0]) <= first)]
-    write(out / "log.csv", lambda file: file.write("".join(kept).encode()))
+    atomic_write(out / "log.csv", lambda file: file.write("".join(kept).encode()))
 
 
 @contextlib.contextmanager
@@ -922,7 +934,7 @@ def train(config, checkpoint=None, watch=None):
 
     checkpoint, from read_checkpoint, goes on with a run. watch(run, step) is called every config.sample_every steps and
     at the end; unless given, it draws a grid. Under torchrun every process works on its share of each batch."""
-    rank, ranks = processes()
+    rank, ranks = rank_and_world_size()
     if config.batch_size % ranks:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {ranks} processes that share it")
     device, out = pick_device(config.device), Path(config.out)
@@ -930,10 +942,10 @@ def train(config, checkpoint=None, watch=None):
     if images.shape[2:] != (config.image_size, config.image_size):
         raise ValueError(f"image_size must be {images.shape[2]} for {config.data}, got {config.image_size}")
     num_classes = int(labels.max()) + 1 if config.conditional and labels is not None else None
-    torch.manual_seed(config.seed)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
     model, diffusion = build(config, images.shape[1], num_classes)
     if config.weights and not checkpoint:
-        start, _ = published(config.weights)
+        start, _ = load_published(config.weights)
         if start.image_channels != images.shape[1]:
             raise ValueError(f"{config.data} has {images.shape[1]} channels, {config.weights} {start.image_channels}")
         model.load_state_dict(start.state_dict())
@@ -959,31 +971,30 @@ def train(config, checkpoint=None, watch=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")
         network = nn.parallel.DistributedDataParallel(model)
-    network = compiled(config, device, network)
-    mine = slice(rank * config.batch_size // ranks, (rank + 1) * config.batch_size // ranks)
+    network = maybe_compile(config, device, network)
+    batch_size = config.batch_size // ranks                                                  # of this process
 
     history, since = [], time.perf_counter()
     bar = tqdm(total=config.steps * config.batch_size, initial=first * config.batch_size, unit=" images",
                unit_scale=True, disable=None if rank == 0 else True)
     with signals_noted() as noted, bar:
         for step in range(first, config.steps):
-            torch.manual_seed(seed_of(config.seed, step))
-            chosen = torch.randint(len(images), (config.batch_size,), device=device)
+            torch.manual_seed(derive_seed(config.seed, "training", step, rank))
+            chosen = torch.randint(len(images), (batch_size,), device=device)
             x_start = to_model(images[chosen])                                               # x_0 ~ q(x_0)
-            t = torch.randint(diffusion.timesteps, (config.batch_size,), device=device)      # t ~ Uniform{1 … T}
+            t = torch.randint(diffusion.timesteps, (batch_size,), device=device)             # t ~ Uniform{1 … T}
             noise = torch.randn_like(x_start)                                                # ε ~ N(0, I)
             if config.flip:
-                mirrored = torch.randint(2, (config.batch_size,), device=device).bool()
+                mirrored = torch.randint(2, (batch_size,), device=device).bool()
                 x_start = torch.where(broadcast(mirrored, x_start), x_start.flip(3), x_start)
             y = None
             if num_classes:
-                hidden = torch.rand(config.batch_size, device=device) < config.label_dropout
-                y = torch.where(hidden, num_classes, labels[chosen])[mine]
-            torch.manual_seed(seed_of(config.seed, step, rank))                              # each rank's own dropout
+                hidden = torch.rand(batch_size, device=device) < config.label_dropout
+                y = torch.where(hidden, num_classes, labels[chosen])
             with autocast(config, device):
-                loss = diffusion.p_losses(functools.partial(network, y=y), x_start[mine], t[mine], noise[mine])
+                loss = diffusion.p_losses(functools.partial(network, y=y), x_start, t, noise)
             loss.backward()                                                                  # ∇_θ ‖ε − ε_θ(x_t, t)‖²
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
@@ -997,7 +1008,10 @@ def train(config, checkpoint=None, watch=None):
                 dist.all_reduce(stop, group=control)
             save = stop or done == config.steps or done % config.checkpoint_every == 0
             if save or done % config.log_every == 0:
-                losses, norms = torch.stack(history).float().cpu().T
+                losses, norms = torch.stack(history, dim=1).float().cpu()
+                if ranks > 1:
+                    dist.all_reduce(losses, group=control)
+                    losses /= ranks
                 finite = losses.isfinite() & norms.isfinite()
                 if not finite.all():
                     raise ValueError(f"loss or gradient is not finite at (seed {config.seed}, step "
@@ -1007,14 +1021,14 @@ def train(config, checkpoint=None, watch=None):
                 bar.set_postfix(loss=f"{losses.mean():.4f}")
                 if rank == 0:
                     with open(out / "log.csv", "a") as file:
-                        file.write(f"{done},{losses.mean():.6f},{norms.mean():.4f},{scheduler.get_last_lr()[0]:.3g},"
+                        file.write(f"{done},{losses.mean():.6f},{norms.mean():.4f},{config.lr * learning_rate(config, step):.3g},"
                                    f"{speed:.0f}\n")
                 history.clear()
             if rank == 0 and save:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state.update(step=done, config=dataclasses.asdict(config), image_channels=images.shape[1],
                              num_classes=num_classes)
-                write(out / "checkpoint.pt", functools.partial(torch.save, state))
+                atomic_write(out / "checkpoint.pt", functools.partial(torch.save, state))
             if rank == 0 and (done == config.steps or done % config.sample_every == 0) and not stop:
                 (watch or Run.grid)(Run(config, ema, diffusion), done)
                 since = time.perf_counter()
@@ -1043,7 +1057,7 @@ class Run:
     def ready(cls, config, model, diffusion, device):
         """A network on the device, as fast there as config lets it: compiled, it is one CUDA graph a call."""
         model = model.to(device, memory_format=torch.channels_last).eval()
-        return cls(config, compiled(config, device, model, "reduce-overhead"), diffusion.to(device))
+        return cls(config, maybe_compile(config, device, model, "reduce-overhead"), diffusion.to(device))
 
     @classmethod
     def read(cls, out, device=None, bf16=None, compile=None):
@@ -1057,7 +1071,7 @@ class Run:
     @classmethod
     def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
         """Published weights, which were averaged already, with the paper's diffusion."""
-        device, (model, shape) = pick_device(device), published(folder)
+        device, (model, shape) = pick_device(device), load_published(folder)
         out = out or f"runs/{Path(folder).resolve().name}"
         config = preset("cifar10", **shape, bf16=bf16, compile=compile, out=out)
         return cls.ready(config, model, build_diffusion(config), device)
@@ -1067,7 +1081,7 @@ class Run:
         """Where it draws."""
         return self.diffusion.betas.device
 
-    def steps(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
+    def trajectory(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
         """An iterator over x_{t−1}, …, x_0 of count pictures, all noise being the seed's; labels (count,) or None.
         sampling_steps is S; unless given, 50 or T if that is less for DDIM, and T for Algorithm 2."""
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -1081,7 +1095,7 @@ class Run:
             steps = min(50, diffusion.timesteps) if sampling_steps is None else sampling_steps
             return diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generator)
         if sampling_steps is not None:
-            diffusion, model = diffusion.respaced(model, sampling_steps)
+            diffusion, model = diffusion.respace(model, sampling_steps)
         return diffusion.p_sample_steps(model, x_t, generator=generator)
 
     def labels(self, count, label=None):
@@ -1094,12 +1108,13 @@ class Run:
         """Write a grid of samples, a column a class, named after a step of training."""
         classes = self.model.num_classes
         count = 10 * min(classes, 16) if classes else 64
-        pixels = to_pixels(_last(self.steps(count, self.labels(count))))
+        seed = derive_seed(self.config.seed, "grid")
+        pixels = to_pixels(last(self.trajectory(count, self.labels(count), seed)))
         path = Path(self.config.out) / f"samples-{step:06}.png"
-        write(path, functools.partial(picture(pixels, classes).save, format="PNG"))
+        atomic_write(path, functools.partial(make_grid_image(pixels, classes).save, format="PNG"))
 
 
-def picture(pixels, columns=None):
+def make_grid_image(pixels, columns=None):
     """Pictures, uint8 (N, C, H, W), as one grid, small ones enlarged."""
     grid = make_grid(pixels.cpu(), nrow=columns or math.ceil(len(pixels) ** 0.5), padding=1, pad_value=64)
     zoom = max(1, 32 // pixels.shape[-1])
@@ -1108,13 +1123,13 @@ def picture(pixels, columns=None):
 
 def sample(run, count, label=None, unconditional=False, sampling_batch=64, individual=False, animate=False, seed=0,
            **how):
-    """Draw count pictures as Run.steps does and write them into the run's folder → the paths written.
+    """Draw count pictures as Run.trajectory does and write them into the run's folder → the paths written.
 
     Batches are equally large, so that a compiled network sees one shape. Batch i starts from (seed, i), so that the
     pictures do not depend on how many processes share the batches."""
     if count < 1 or sampling_batch < 1:
         raise ValueError(f"--sample and --sampling-batch must be at least 1, got {count} and {sampling_batch}")
-    rank, ranks = processes()
+    rank, ranks = rank_and_world_size()
     quiet = None if rank == 0 else True
     batches = math.ceil(count / sampling_batch)
     size = math.ceil(count / batches)
@@ -1123,7 +1138,7 @@ def sample(run, count, label=None, unconditional=False, sampling_batch=64, indiv
     drawn, frames = {}, []
     for i in tqdm(range(rank, batches, ranks), unit=" batches", disable=quiet):
         part = None if labels is None else labels[i * size:(i + 1) * size]
-        steps = run.steps(size, part, seed_of(seed, i), **how)
+        steps = run.trajectory(size, part, derive_seed(seed, "sampling", i), **how)
         for x_t in tqdm(steps, unit=" steps", leave=False, disable=quiet):
             if animate and i == 0:
                 frames.append(to_pixels(x_t).cpu())
@@ -1140,7 +1155,7 @@ def sample(run, count, label=None, unconditional=False, sampling_batch=64, indiv
     out = Path(run.config.out)
     out.mkdir(parents=True, exist_ok=True)
     pixels, paths = torch.cat([drawn[i] for i in sorted(drawn)])[:count], [out / "samples.png"]
-    write(paths[0], functools.partial(picture(pixels[:1024], columns).save, format="PNG"))
+    atomic_write(paths[0], functools.partial(make_grid_image(pixels[:1024], columns).save, format="PNG"))
     if individual:
         fresh = out / "individual.part"
         shutil.rmtree(fresh, ignore_errors=True)
@@ -1151,9 +1166,9 @@ def sample(run, count, label=None, unconditional=False, sampling_batch=64, indiv
         paths.append(fresh.rename(out / "individual"))
     if animate:
         shown = [*frames[:-1:math.ceil(len(frames) / 60)], frames[-1]]
-        first, *rest = [picture(frame, columns) for frame in shown]
+        first, *rest = [make_grid_image(frame, columns) for frame in shown]
         paths.append(out / "samples.gif")
-        write(paths[-1], functools.partial(first.save, format="GIF", save_all=True, append_images=rest, loop=0,
+        atomic_write(paths[-1], functools.partial(first.save, format="GIF", save_all=True, append_images=rest, loop=0,
                                            duration=[60] * len(rest) + [2000]))
     return paths
 
@@ -1165,7 +1180,8 @@ def evaluate(run, count, seed=0):
     images, _ = load_data(run.config.data, run.config.image_size, run.device, split="test")
     if not len(images):
         raise ValueError(f"{run.config.data} holds too few pictures to have kept any from training: it takes ten")
-    generator, terms, images = torch.Generator(run.device).manual_seed(seed), [], images[:count]
+    generator, terms, images = torch.Generator(run.device), [], images[:count]
+    generator.manual_seed(derive_seed(seed, "evaluation"))
     for pixels in tqdm(images.chunk(math.ceil(len(images) / 250)), unit=" batches", disable=None):
         with autocast(run.config, run.device):
             terms.append(run.diffusion.bits_per_dim(run.model, to_model(pixels), generator=generator))
@@ -1256,12 +1272,12 @@ def run_train(given):
             raise ValueError(f"{config.out} has its {checkpoint['step']:,} steps already: --steps N goes on to N")
         out = train(config, checkpoint)
     else:
-        shape = {**published(given["weights"])[1], "conditional": False} if "weights" in given else {}
+        shape = {**load_published(given["weights"])[1], "conditional": False} if "weights" in given else {}
         for name in shape:
             if name in given:
                 raise ValueError(f"--{name.replace('_', '-')} does not go with --weights, which have their own")
         out = train(preset(**{"data": "digits", **shape, **given}))
-    if processes()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         print(f"the run is in {out}: checkpoint.pt, log.csv, samples-*.png")
         print(f"next: python ddpm.py --sample 64 --out {out}")
 
