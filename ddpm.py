@@ -1,23 +1,27 @@
 """DDPM in one file: Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020), with DDIM, guidance and a U-Net.
 
-Read it beside the paper, from top to bottom. "Eq. 4" is the paper's own number; other papers are named. The paper
-counts t = 1…T with ᾱ_0 = 1, the code counts t = 0…T−1 as the whole field does: code t = paper t − 1. Pictures x are
-float tensors (B, C, H, W) scaled to [−1, 1]; t is int64 (B,), or one plain int for the whole batch.
+Read it beside the paper, from top to bottom. Sections 1 to 6 are the paper; the rest is plumbing.
 
-    python ddpm.py --train         # learns to draw digits, on any machine, in minutes
-    python ddpm.py --sample 64     # draws some
+    1 noise schedules     2 diffusion           3 guidance     4 network     5 training: Algorithm 1     6 sampling
+    7 data     8 configuration     9 files and devices     10 published weights     11 command line
+
+Equation, algorithm and section numbers are the paper's unless another paper is named. The paper counts t = 1…T with
+ᾱ_0 = 1; the code counts t = 0…T−1, so code t = paper t − 1. Images x are float tensors (B, C, H, W) scaled to [−1, 1].
+t is int64 (B,), or one int for the whole batch.
+
+    python ddpm.py --train         # train on handwritten digits: any machine, a few minutes
+    python ddpm.py --sample 64     # draw samples from the trained network
     python ddpm.py --help          # everything else
 """
+
 import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import functools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -40,67 +44,40 @@ from tqdm import tqdm
 
 
 def linear_beta_schedule(timesteps, start=0.0001, end=0.02):
-    """β_1 … β_T in equal steps from start to end (§4) → (T,) float64. The defaults were made for T = 1000."""
+    """β_1, …, β_T evenly spaced from start to end (§4). Returns (T,) float64. The defaults assume T = 1000."""
     return torch.linspace(start, end, timesteps, dtype=torch.float64)
 
 
 def cosine_beta_schedule(timesteps, s=0.008):
-    """ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s) · π/2), β_t = 1 − ᾱ_t/ᾱ_{t−1}, at most 0.999 → (T,) float64
-    (Improved DDPM Eq. 17)."""
+    """ᾱ_t = f(t)/f(0) with f(t) = cos²((t/T + s)/(1 + s) · π/2) (Improved DDPM Eq. 17), so β_t = 1 − ᾱ_t/ᾱ_{t−1},
+    at most 0.999. Returns (T,) float64."""
     t = torch.arange(timesteps + 1, dtype=torch.float64)
     f = torch.cos((t / timesteps + s) / (1 + s) * math.pi / 2).square()
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-# ---- 2. The diffusion ------------------------------------------------------------------------------------------------
+# ---- 2. Diffusion ----------------------------------------------------------------------------------------------------
 
 
-def broadcast(values, x):
-    """(B,) → (B, 1, 1, 1), to multiply x (B, C, H, W), or as many dimensions as x has; a single number stays one."""
-    return values.reshape(-1, *[1] * (x.dim() - 1)) if torch.is_tensor(values) and values.dim() else values
-
-
-def _randn(shape, like, generator):
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def last(steps):
-    for x_t in steps:
-        pass
-    return x_t
-
-
-def normal_kl(mean1, log_variance1, mean2, log_variance2):
-    """KL(N(mean1, e^log_variance1) ‖ N(mean2, e^log_variance2)) in nats, element by element."""
-    return 0.5 * (log_variance2 - log_variance1 - 1 + torch.exp(log_variance1 - log_variance2)
-                  + (mean1 - mean2).square() * torch.exp(-log_variance2))
-
-
-def discretized_gaussian_log_likelihood(x, mean, log_variance):
-    """log p(x) in nats, element by element: the mass of N(mean, e^log_variance) on [x − 1/255, x + 1/255], where the
-    bin of −1 opens to −∞ and that of 1 to +∞ (Eq. 13). x holds 8-bit pixels scaled to [−1, 1]."""
-    sigma = torch.exp(0.5 * log_variance)
-    upper, lower = (x + 1 / 255 - mean) / sigma, (x - 1 / 255 - mean) / sigma
-    # Φ(b) − Φ(a) = Φ(−a) − Φ(−b): in the left tail, and there alone, log Φ keeps its digits however far out.
-    near, far = torch.where(x < mean, upper, -lower), torch.where(x < mean, lower, -upper)
-    log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
-    inside = log_near + torch.log(-torch.expm1(log_far - log_near))
-    return torch.where(x < -0.999, torch.special.log_ndtr(upper),
-                       torch.where(x > 0.999, torch.special.log_ndtr(-lower), inside))
+def extract(coefficients, t, x):
+    """The coefficients (T,) at timesteps t, shaped (B, 1, …, 1) so that they broadcast against x (B, …).
+    An int t gives one number for the whole batch."""
+    return broadcast(coefficients[t], x)
 
 
 class GaussianDiffusion(nn.Module):
-    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1) and the losses between them, for betas (T,).
+    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1) and the losses between them, for given betas (T,).
 
-    A model is any callable model(x_t, t) → ε_θ, shaped like x_t; t arrives as int64 (B,). With a learned variance it
-    returns ε_θ and v stacked on the channels.
-    variance is σ_t² of p_θ (§3.2): "fixed_large" is β_t, right for x_0 ~ N(0, I); "fixed_small" is β̃_t, right for a
-    single x_0; "learned_range" goes from one to the other with v (Improved DDPM Eq. 15).
+    A model is any callable model(x_t, t) that returns ε_θ, shaped like x_t; it receives t as int64 (B,). With a learned
+    variance it returns ε_θ and v, concatenated along the channels.
+
+    variance is σ_t² of p_θ (§3.2): "fixed_large" is β_t, optimal if x_0 ~ N(0, I); "fixed_small" is β̃_t, optimal if
+    x_0 is a single point; "learned_range" interpolates between their logarithms with v (Improved DDPM Eq. 15).
     loss is "simple" (Eq. 14; with a learned variance L_hybrid, Improved DDPM Eq. 16) or "bound" (Eq. 5).
 
-    Coefficients are computed in float64 and kept in dtype, in buffers that are neither saved nor averaged.
-    Refused: betas that are not one row of numbers strictly between 0 and 1, unknown names. Betas that leave signal in
-    x_T, so that sampling starts from the wrong prior, are warned about.
+    Coefficients are computed in float64 and stored in dtype, as buffers that are not part of the state dict.
+    Raises ValueError unless 0 < β_t < 1. Warns if √ᾱ_T > 0.05: x_T then still contains x_0, so that sampling from
+    N(0, I) starts from the wrong distribution.
     """
 
     def __init__(self, betas, variance="fixed_large", loss="simple", dtype=torch.float32):
@@ -112,312 +89,413 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"variance must be fixed_large, fixed_small or learned_range, got {variance!r}")
         if loss not in ("simple", "bound"):
             raise ValueError(f"loss must be simple or bound, got {loss!r}")
-        self.timesteps, self.variance_type, self.loss_type = len(betas), variance, loss
+        self.timesteps = len(betas)
+        self.variance_type = variance
+        self.loss_type = loss
 
+        # α_t, ᾱ_t, ᾱ_{t−1} (which is 1 at paper t = 1) and β̃_t (Eq. 7).
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
         alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
         posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
-        # β̃ of paper t = 1 is 0 and has no logarithm: its neighbour stands in, as in the authors' code.
-        neighbour = torch.cat([posterior_variance, betas])[1:2]
-        if alphas_cumprod[-1].sqrt() > 0.05:
-            warnings.warn(f"√ᾱ_T = {alphas_cumprod[-1].sqrt():.3f}: x_T keeps that much of x_0, so samples that start "
-                          "from pure noise start wrong; use more or larger betas, until it is below 0.05")
 
-        def keep(name, coefficient):
+        # β̃_1 = 0 has no logarithm; like the authors' code, use that of β̃_2 (of β_1 if T = 1).
+        positive_variance = posterior_variance.clone()
+        positive_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
+
+        signal_left = alphas_cumprod[-1].sqrt()
+        if signal_left > 0.05:
+            warnings.warn(
+                f"√ᾱ_T = {signal_left:.3f}: x_T still contains that much of x_0, so sampling from pure noise starts "
+                "from the wrong distribution; use more or larger betas, until √ᾱ_T is below 0.05",
+                stacklevel=2,
+            )
+
+        # Everything the formulas below multiply with, each indexed by t.
+        def register(name, coefficient):
             self.register_buffer(name, coefficient.to(dtype), persistent=False)
 
-        keep("betas", betas)
-        keep("log_betas", betas.log())
-        keep("alphas_cumprod", alphas_cumprod)
-        keep("sqrt_alphas_cumprod", alphas_cumprod.sqrt())
-        keep("sqrt_one_minus_alphas_cumprod", (1 - alphas_cumprod).sqrt())
-        keep("posterior_variance", posterior_variance)
-        keep("posterior_log_variance", torch.cat([neighbour, posterior_variance[1:]]).log())
-        keep("posterior_mean_x_start", alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod))
-        keep("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
-        self._alphas_cumprod = [1.0, *alphas_cumprod.tolist()]                          # x_0's ᾱ = 1 in front
+        register("betas", betas)
+        register("log_betas", betas.log())
+        register("alphas_cumprod", alphas_cumprod)
+        register("sqrt_alphas_cumprod", alphas_cumprod.sqrt())
+        register("sqrt_one_minus_alphas_cumprod", (1 - alphas_cumprod).sqrt())
+        register("posterior_variance", posterior_variance)
+        register("posterior_log_variance", positive_variance.log())
+        register("posterior_mean_x_start", alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod))
+        register("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
+        self._alphas_cumprod = alphas_cumprod.tolist()
 
-    def _alpha_bar(self, t):
-        """ᾱ_t in float64, a number for a number; t = −1 is x_0."""
-        if torch.is_tensor(t):
-            return torch.tensor(self._alphas_cumprod, dtype=torch.float64)[t.cpu() + 1]
-        return self._alphas_cumprod[t + 1]
-
-    def _check(self, x, t, *others):
-        """Refuse what would broadcast or wrap around in silence."""
-        if not x.is_floating_point():
-            raise ValueError(f"pictures must be floats scaled to [-1, 1], got {x.dtype}")
-        for other in others:
-            if other is not None and other.shape != x.shape:
-                raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
-        if not torch.is_tensor(t):
-            if not 0 <= t < self.timesteps:
-                raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
-        elif t.shape != x.shape[:1] or t.dtype != torch.int64:
-            raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
-        elif t.device.type == "cpu" and not ((0 <= t) & (t < self.timesteps)).all():   # elsewhere the look would wait
-            raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
-
-    def _start(self, shape, noise, generator):
-        """x_T ~ N(0, I) of the given shape, or noise, which must have it."""
-        if noise is None:
-            return _randn(shape, self.betas, generator)
-        if noise.shape != torch.Size(shape):
-            raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
-        return noise
-
-    def _predict(self, model, x_t, t):
-        """ε_θ(x_t, t), and v or None."""
-        t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
-        prediction = model(x_t, t).to(x_t.dtype)
-        channels = x_t.shape[1] * (2 if self.variance_type == "learned_range" else 1)
-        if prediction.shape != (len(x_t), channels, *x_t.shape[2:]):
-            raise ValueError(f"with variance={self.variance_type} and x_t {tuple(x_t.shape)} the model must return "
-                             f"{channels} channels, got {tuple(prediction.shape)}")
-        return prediction.split(x_t.shape[1], dim=1) if self.variance_type == "learned_range" else (prediction, None)
-
-    # Forward process
+    # -- Forward process --
 
     def q_sample(self, x_start, t, noise=None):
-        """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε, a draw from q(x_t|x_0) in one jump (Eq. 4)."""
+        """Sample x_t ~ q(x_t|x_0) in one step: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Eq. 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
         self._check(x_start, t, noise)
-        return (broadcast(self.sqrt_alphas_cumprod[t], x_start) * x_start
-                + broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_start) * noise)
+        mean = extract(self.sqrt_alphas_cumprod, t, x_start) * x_start
+        return mean + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
 
     def q_posterior(self, x_start, x_t, t):
-        """Mean, variance and log variance of q(x_{t−1}|x_t, x_0) (Eq. 6, 7):
-        μ̃_t = √ᾱ_{t−1} β_t/(1−ᾱ_t) · x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) · x_t,  β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) · β_t.
-        At code t = 0 the variance is 0, and its logarithm that of code t = 1."""
-        self._check(x_t, t, x_start)
-        mean = (broadcast(self.posterior_mean_x_start[t], x_t) * x_start
-                + broadcast(self.posterior_mean_x_t[t], x_t) * x_t)
-        return mean, broadcast(self.posterior_variance[t], x_t), broadcast(self.posterior_log_variance[t], x_t)
+        """Returns mean, variance and log variance of q(x_{t−1}|x_t, x_0) (Eq. 6, 7):
 
-    # Objective
+            μ̃_t = √ᾱ_{t−1} β_t/(1−ᾱ_t) · x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) · x_t,   β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) · β_t.
+
+        At code t = 0 the variance is 0, and its logarithm is replaced by that of t = 1."""
+        self._check(x_t, t, x_start)
+        mean = extract(self.posterior_mean_x_start, t, x_t) * x_start + extract(self.posterior_mean_x_t, t, x_t) * x_t
+        variance = extract(self.posterior_variance, t, x_t)
+        log_variance = extract(self.posterior_log_variance, t, x_t)
+        return mean, variance, log_variance
+
+    # -- Training loss --
 
     def p_losses(self, model, x_start, t, noise=None):
-        """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², the mean over pictures, channels and pixels (Eq. 14).
+        """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14).
 
-        With a learned variance + 0.001 L_vlb, in which ε_θ is held still, so that the bound trains v alone. With
-        loss="bound", L itself (Eq. 5, in bits/dim, less the constant L_T): Eq. 12's weights where x_0 is not reached.
-        t must be drawn uniformly for either to be unbiased."""
+        A learned variance adds 0.001 L_vlb, with no gradient through ε_θ, so that the bound trains v only (L_hybrid,
+        Improved DDPM Eq. 16). loss="bound" is L itself in bits/dim, without the constant L_T (Eq. 5); for t > 1 it
+        weights L_simple as in Eq. 12. Both bounds are unbiased only if t is drawn uniformly."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        self._check(x_start, t, noise)
         x_t = self.q_sample(x_start, t, noise)
-        if self.loss_type == "bound":
-            return self.timesteps * self.bound_term(model, x_start, x_t, t, clip_denoised=False)[0].mean()
         predicted_noise, v = self._predict(model, x_t, t)
-        loss = (noise - predicted_noise).square().mean()
+
+        if self.loss_type == "bound":
+            bound, _ = self.bound_term(x_start, x_t, t, predicted_noise, v)
+            return self.timesteps * bound.mean()
+        loss = (noise - predicted_noise).square().mean()  # Eq. 14
         if v is not None:
-            held = torch.cat([predicted_noise.detach(), v], dim=1)
-            bound = self.bound_term(lambda x_t, t: held, x_start, x_t, t, clip_denoised=False)[0].mean()
-            loss = loss + 0.001 * self.timesteps * bound
+            bound, _ = self.bound_term(x_start, x_t, t, predicted_noise.detach(), v)
+            loss = loss + 0.001 * self.timesteps * bound.mean()
         return loss
 
-    # Reverse process
+    # -- Reverse process --
 
     def predict_x_start(self, x_t, t, noise):
-        """x̂_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t (Eq. 15): Eq. 4 solved for x_0."""
+        """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ) / √ᾱ_t (Eq. 15): Eq. 4 solved for x_0."""
         self._check(x_t, t, noise)
-        return ((x_t - broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t) * noise)
-                / broadcast(self.sqrt_alphas_cumprod[t], x_t))
+        signal_part = x_t - extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * noise
+        return signal_part / extract(self.sqrt_alphas_cumprod, t, x_t)
 
     def predict_noise(self, x_t, t, x_start):
         """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
         self._check(x_t, t, x_start)
-        return ((x_t - broadcast(self.sqrt_alphas_cumprod[t], x_t) * x_start)
-                / broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t))
+        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start
+        return noise_part / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
 
     def p_mean_variance(self, model, x_t, t, clip_denoised=True):
-        """μ_θ, σ_t², log σ_t² of p_θ(x_{t−1}|x_t), and x̂_0: μ_θ = μ̃_t(x_t, x̂_0) (Eq. 11).
+        """Returns μ_θ, σ_t² and log σ_t² of p_θ(x_{t−1}|x_t), and x̂_0. The mean is μ_θ = μ̃_t(x_t, x̂_0) (Eq. 11).
 
-        Unclamped, that is Algorithm 2's (x_t − β_t/√(1−ᾱ_t) ε_θ) / √α_t to the letter. clip_denoised clamps x̂_0 to
-        [−1, 1] first, as the authors' code does and the paper does not say: no picture lies outside, and early in
-        sampling, where 1/√ᾱ_t magnifies every error of ε_θ, the clamp is what keeps the colours from saturating."""
+        Without the clamp this is exactly Algorithm 2's (x_t − β_t/√(1−ᾱ_t) ε_θ) / √α_t. clip_denoised first clamps x̂_0
+        to [−1, 1], as the authors' code does although the paper does not say so: no image lies outside, and early in
+        sampling, where 1/√ᾱ_t magnifies every error of ε_θ, the clamp keeps colours from saturating."""
         self._check(x_t, t)
-        noise, v = self._predict(model, x_t, t)
-        x_start = self.predict_x_start(x_t, t, noise)
+        predicted_noise, v = self._predict(model, x_t, t)
+        return self._mean_variance(x_t, t, predicted_noise, v, clip_denoised)
+
+    def _mean_variance(self, x_t, t, predicted_noise, v, clip_denoised):
+        """p_mean_variance for a given prediction ε_θ and v."""
+        pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
-            x_start = x_start.clamp(-1, 1)
-        mean, variance, log_variance = self.q_posterior(x_start, x_t, t)
+            pred_x_start = pred_x_start.clamp(-1, 1)
+        mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # "fixed_small": σ_t² = β̃_t
         if self.variance_type == "fixed_large":
-            variance, log_variance = broadcast(self.betas[t], x_t), broadcast(self.log_betas[t], x_t)
+            variance = extract(self.betas, t, x_t)
+            log_variance = extract(self.log_betas, t, x_t)
         elif self.variance_type == "learned_range":
-            log_variance = v * broadcast(self.log_betas[t], x_t) + (1 - v) * log_variance
+            log_variance = v * extract(self.log_betas, t, x_t) + (1 - v) * log_variance
             variance = log_variance.exp()
-        return mean, variance, log_variance, x_start
+        return mean, variance, log_variance, pred_x_start
 
     @torch.no_grad()
     def p_sample(self, model, x_t, t, clip_denoised=True, noise=None, generator=None):
-        """x_{t−1} = μ_θ(x_t, t) + σ_t z, z ~ N(0, I), and z = 0 at the last step: one line of Algorithm 2."""
+        """One step of Algorithm 2: x_{t−1} = μ_θ(x_t, t) + σ_t z with z ~ N(0, I), but z = 0 at the last step."""
         self._check(x_t, t, noise)
         mean, variance, _, _ = self.p_mean_variance(model, x_t, t, clip_denoised)
-        z = _randn(x_t.shape, x_t, generator) if noise is None else noise
+        z = randn(x_t.shape, x_t, generator) if noise is None else noise
         return mean + broadcast(t > 0, x_t) * variance.sqrt() * z
 
     @torch.no_grad()
     def p_sample_steps(self, model, x_t, t=None, clip_denoised=True, generator=None):
-        """Yield x_{t−1}, …, x_0 from x_t; t is T−1 unless given. Algorithm 2, for who wants to watch."""
-        for t in reversed(range(self.timesteps if t is None else t + 1)):
+        """Algorithm 2 as a generator, for progress bars and animations: yields x_{t−1}, …, x_0 (default: t = T−1)."""
+        start = self.timesteps - 1 if t is None else t
+        for t in range(start, -1, -1):
             x_t = self.p_sample(model, x_t, t, clip_denoised, generator=generator)
             yield x_t
 
     def p_sample_loop(self, model, shape, clip_denoised=True, noise=None, generator=None):
-        """x_T ~ N(0, I), or noise; then Algorithm 2 down to x_0, of the given shape."""
+        """Algorithm 2: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
         x_t = self._start(shape, noise, generator)
         return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
-    def respace(self, model, steps):
-        """The same process seen at S = steps of its T times, and the model for it: Algorithm 2 in S steps (Improved
-        DDPM §4). β' = 1 − ᾱ_t/ᾱ_s between neighbours s < t of ddim_timesteps; the model is asked at the old t."""
-        timesteps = torch.tensor(self.ddim_timesteps(steps)[::-1])
-        alphas_cumprod = self._alpha_bar(timesteps)
-        betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-        timesteps = timesteps.to(self.betas.device)
-        return (GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype).to(self.betas.device),
-                lambda x_t, t: model(x_t, timesteps[t]))
-
     def interpolate(self, model, x_start_a, x_start_b, t, weight, noise=None, generator=None):
-        """Diffuse two pictures to the same t, mix (1−λ) x_t + λ x'_t, λ = weight, and decode from that t (Fig. 8).
-        Both take the same noise, so that at λ = ½ the mix keeps its level."""
-        noise = _randn(x_start_a.shape, x_start_a, generator) if noise is None else noise
+        """Diffuse two images to the same t, mix them, (1−λ) x_t + λ x'_t with λ = weight, and denoise from t (Fig. 8).
+        Both get the same noise, so that the mixture has the noise level of t for every λ."""
+        noise = randn(x_start_a.shape, x_start_a, generator) if noise is None else noise
         x_t = (1 - weight) * self.q_sample(x_start_a, t, noise) + weight * self.q_sample(x_start_b, t, noise)
         return last(self.p_sample_steps(model, x_t, t, generator=generator))
 
-    # DDIM
+    # -- Fewer steps: DDIM and respacing --
 
     def ddim_timesteps(self, steps):
-        """S of the T timesteps, evenly spaced, T−1 first ("trailing", Lin et al., 2023) → list of int, falling.
-        It begins at T−1 because there alone x_t is what the network knows as noise."""
+        """S = steps of the T timesteps, evenly spaced, in decreasing order from T−1 ("trailing", Lin et al., 2023):
+        only at T−1 does the network expect pure noise. Returns a list of ints."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
         return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
 
+    def _alpha_bar(self, t):
+        """ᾱ_t as a Python float, so in float64 on any device; t = −1 denotes x_0, where ᾱ = 1."""
+        return self._alphas_cumprod[t] if t >= 0 else 1.0
+
     @torch.no_grad()
     def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
-        """x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z for any s = prev_t < t (DDIM Eq. 12); s = −1 is x_0, of ᾱ = 1.
-        σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s) (DDIM Eq. 16): η = 0 is deterministic, η = 1 over all T steps is
-        Algorithm 2 with σ_t² = β̃_t. A clamped x̂_0 takes its ε with it, so that the two still explain x_t."""
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in 0…1, got {eta}")
-        self._check(x_t, t, noise)
-        backwards = (-1 <= prev_t) & (prev_t < t)
-        if not (backwards.all() if torch.is_tensor(backwards) else backwards):
-            raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={t}")
-        predicted_noise, _ = self._predict(model, x_t, t)
-        x_start = self.predict_x_start(x_t, t, predicted_noise)
-        if clip_denoised:
-            x_start = x_start.clamp(-1, 1)
-            predicted_noise = self.predict_noise(x_t, t, x_start)
+        """One step of DDIM from t to any s = prev_t < t, both ints; s = −1 denotes x_0 (DDIM Eq. 12, 16):
 
-        alpha_bar_t, alpha_bar_s = self._alpha_bar(t), self._alpha_bar(prev_t)
-        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)) ** 0.5 * (1 - alpha_bar_t / alpha_bar_s) ** 0.5
-        to_x_start, to_noise = alpha_bar_s**0.5, (1 - alpha_bar_s - sigma**2) ** 0.5
-        to_x_start, to_noise, sigma = (broadcast(c, x_t).to(x_t.dtype).to(x_t.device) if torch.is_tensor(c) else c
-                                       for c in (to_x_start, to_noise, sigma))
-        x_s = to_x_start * x_start + to_noise * predicted_noise
-        if eta == 0:
-            return x_s
-        z = _randn(x_t.shape, x_t, generator) if noise is None else noise
-        return x_s + sigma * z
+            x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z,   σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s).
+
+        η = 0 is deterministic; η = 1 over all T steps is Algorithm 2 with σ_t² = β̃_t. If x̂_0 is clamped, ε_θ is
+        recomputed from it, so that Eq. 4 still gives x_t."""
+        self._check_ddim(x_t, t, prev_t, eta, noise)
+        predicted_noise, _ = self._predict(model, x_t, t)
+        pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
+        if clip_denoised:
+            pred_x_start = pred_x_start.clamp(-1, 1)
+            predicted_noise = self.predict_noise(x_t, t, pred_x_start)
+
+        alpha_bar_t = self._alpha_bar(t)
+        alpha_bar_s = self._alpha_bar(prev_t)
+        sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
+        x_s = math.sqrt(alpha_bar_s) * pred_x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * predicted_noise
+        if eta > 0:
+            z = randn(x_t.shape, x_t, generator) if noise is None else noise
+            x_s = x_s + sigma * z
+        return x_s
 
     @torch.no_grad()
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
-        """Yield the S = steps successors of x_T = x_t, x_0 last."""
+        """DDIM from x_T = x_t as a generator: yields S = steps tensors, the last of which is x_0."""
         timesteps = self.ddim_timesteps(steps)
-        for t, prev_t in zip(timesteps, [*timesteps[1:], -1]):
+        for t, prev_t in zip(timesteps, [*timesteps[1:], -1], strict=True):
             x_t = self.ddim_sample(model, x_t, t, prev_t, eta, clip_denoised, generator=generator)
             yield x_t
 
     def ddim_sample_loop(self, model, shape, steps, eta=0.0, clip_denoised=True, noise=None, generator=None):
-        """x_T ~ N(0, I), or noise; then S = steps steps of DDIM down to x_0, of the given shape."""
+        """DDIM in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
         x_t = self._start(shape, noise, generator)
         return last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
 
-    # Likelihood and score
+    def respace(self, model, steps):
+        """Algorithm 2 in S = steps steps (Improved DDPM §4). Returns a diffusion over ddim_timesteps(S) only, whose
+        β' = 1 − ᾱ_t/ᾱ_s for neighbours s < t, and the model for it, which sees the original t."""
+        timesteps = self.ddim_timesteps(steps)
+        timesteps.reverse()
+        alphas_cumprod = torch.tensor([self._alpha_bar(t) for t in timesteps], dtype=torch.float64)
+        betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+        diffusion = GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype)
+        original_t = torch.tensor(timesteps, device=self.betas.device)
+        return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
 
-    def bound_term(self, model, x_start, x_t, t, clip_denoised):
-        """The term of Eq. 5 that x_t holds, in bits/dim (B,), and x̂_0: L_{t−1}, the KL of q(x_{t−1}|x_t, x_0) to
-        p_θ(x_{t−1}|x_t), for a fixed σ_t² that of Eq. 8, 9 and 10; at code t = 0 L_0 = −log p_θ(x_0|x_1) by Eq. 13."""
+    # -- Likelihood and score --
+
+    def bound_term(self, x_start, x_t, t, predicted_noise, v, clip_denoised=False):
+        """The term of Eq. 5 at t, estimated from x_t and the prediction for it. Returns it in bits/dim (B,), and x̂_0.
+
+        L_{t−1} is the KL divergence of p_θ(x_{t−1}|x_t) from q(x_{t−1}|x_t, x_0), for a fixed σ_t² that of Eq. 8, 9
+        and 10; at code t = 0 the term is L_0 = −log p_θ(x_0|x_1) (Eq. 13)."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
-        mean, _, log_variance, predicted_x_start = self.p_mean_variance(model, x_t, t, clip_denoised)
+        mean, _, log_variance, pred_x_start = self._mean_variance(x_t, t, predicted_noise, v, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
         decoder = -discretized_gaussian_log_likelihood(x_start, mean, log_variance)
-        term = torch.where(broadcast(torch.as_tensor(t == 0, device=x_t.device), x_t), decoder, kl)
-        return term.flatten(1).mean(1) / math.log(2), predicted_x_start
+        is_first = broadcast(torch.as_tensor(t == 0, device=x_t.device), x_t)
+        return mean_bits(torch.where(is_first, decoder, kl)), pred_x_start
 
     @torch.no_grad()
     def bits_per_dim(self, model, x_start, clip_denoised=True, generator=None):
-        """The bound on −log₂ p(x_0) (Eq. 3) in bits/dim, by its terms (Eq. 5, 13), one draw of ε for each t → dict:
-        "total" (B,) = "L_T" (B,) + the sum of "L_{t-1}" (B, T−1), column i being code t = i + 1, + "L_0" (B,);
-        "squared_error" (B, T), of x̂_0 against x_0 at code t on the [−1, 1] scale, draws Fig. 5.
-        x_start holds 8-bit pixels scaled to [−1, 1]; for other data L_0 means nothing."""
-        terms, errors = [], []
+        """The bound on −log₂ p(x_0) (Eq. 3) in bits/dim, term by term (Eq. 5, 13), with one sample of ε for each t.
+
+        Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), whose column i is code t = i + 1, and
+        "L_0" (B,); "squared_error" (B, T) is that of x̂_0 at code t on the [−1, 1] scale, as drawn in Fig. 5.
+        x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data."""
+        terms = []
+        squared_errors = []
         for t in range(self.timesteps):
-            x_t = self.q_sample(x_start, t, _randn(x_start.shape, x_start, generator))
-            term, predicted_x_start = self.bound_term(model, x_start, x_t, t, clip_denoised)
+            x_t = self.q_sample(x_start, t, randn(x_start.shape, x_start, generator))
+            self._check(x_t, t)
+            predicted_noise, v = self._predict(model, x_t, t)
+            term, pred_x_start = self.bound_term(x_start, x_t, t, predicted_noise, v, clip_denoised)
             terms.append(term)
-            errors.append((predicted_x_start - x_start).square().flatten(1).mean(1))
-        last = self.timesteps - 1
-        mean, variance = self.sqrt_alphas_cumprod[last] * x_start, self.sqrt_one_minus_alphas_cumprod[last].square()
-        prior = normal_kl(mean, variance.log(), torch.zeros_like(mean), torch.zeros_like(variance))
-        prior = prior.flatten(1).mean(1) / math.log(2)
+            squared_errors.append((pred_x_start - x_start).square().flatten(1).mean(1))
         terms = torch.stack(terms, dim=1)
-        return {"total": prior + terms.sum(1), "L_T": prior, "L_{t-1}": terms[:, 1:], "L_0": terms[:, 0],
-                "squared_error": torch.stack(errors, dim=1)}
+
+        # L_T is the KL divergence of p(x_T) = N(0, I) from q(x_T|x_0) (Eq. 4).
+        mean = self.sqrt_alphas_cumprod[-1] * x_start
+        log_variance = self.sqrt_one_minus_alphas_cumprod[-1].square().log()
+        prior = mean_bits(normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance)))
+        return {
+            "total": prior + terms.sum(1),
+            "L_T": prior,
+            "L_{t-1}": terms[:, 1:],
+            "L_0": terms[:, 0],
+            "squared_error": torch.stack(squared_errors, dim=1),
+        }
 
     def score(self, model, x_t, t):
-        """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t) (§3.2): the network is a score, up to its scale."""
+        """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t): ε_θ is the score, up to a factor (§3.2)."""
         self._check(x_t, t)
-        return -self._predict(model, x_t, t)[0] / broadcast(self.sqrt_one_minus_alphas_cumprod[t], x_t)
+        predicted_noise, _ = self._predict(model, x_t, t)
+        return -predicted_noise / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+
+    # -- Calling the model, and argument checks --
+
+    def _predict(self, model, x_t, t):
+        """Returns ε_θ(x_t, t), and v (None if the variance is fixed), in x_t's dtype."""
+        t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
+        channels = x_t.shape[1]
+        output_channels = 2 * channels if self.variance_type == "learned_range" else channels
+        prediction = model(x_t, t).to(x_t.dtype)
+        if prediction.shape != (len(x_t), output_channels, *x_t.shape[2:]):
+            raise ValueError(
+                f"with variance={self.variance_type} and x_t {tuple(x_t.shape)} the model must return "
+                f"{output_channels} channels, got {tuple(prediction.shape)}"
+            )
+        if self.variance_type == "learned_range":
+            return prediction.split(channels, dim=1)
+        return prediction, None
+
+    def _start(self, shape, noise, generator):
+        """x_T ~ N(0, I) of the given shape, or the given noise."""
+        if noise is None:
+            return randn(shape, self.betas, generator)
+        if noise.shape != torch.Size(shape):
+            raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
+        return noise
+
+    def _check(self, x, t, *others):
+        """Raise ValueError for what PyTorch would accept silently: shapes that broadcast, negative t."""
+        if not x.is_floating_point():
+            raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
+        for other in others:
+            if other is not None and other.shape != x.shape:
+                raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
+        if not torch.is_tensor(t):
+            in_range = 0 <= t < self.timesteps
+        elif t.shape != x.shape[:1] or t.dtype != torch.int64:
+            raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
+        else:
+            # On a GPU the check of the values would force a synchronisation.
+            in_range = t.device.type != "cpu" or ((0 <= t) & (t < self.timesteps)).all()
+        if not in_range:
+            raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
+
+    def _check_ddim(self, x_t, t, prev_t, eta, noise):
+        if torch.is_tensor(t) or torch.is_tensor(prev_t):
+            raise ValueError(f"t and prev_t must be ints in DDIM, got t={t} and prev_t={prev_t}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in 0…1, got {eta}")
+        self._check(x_t, t, noise)
+        if not -1 <= prev_t < t:
+            raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={t}")
+
+
+def normal_kl(mean1, log_variance1, mean2, log_variance2):
+    """KL(N(mean1, e^log_variance1) ‖ N(mean2, e^log_variance2)) in nats, elementwise."""
+    variance_ratio = torch.exp(log_variance1 - log_variance2)
+    squared_distance = (mean1 - mean2).square() * torch.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 - 1 + variance_ratio + squared_distance)
+
+
+def discretized_gaussian_log_likelihood(x, mean, log_variance):
+    """log p(x) in nats, elementwise: the log of the mass of N(mean, e^log_variance) on [x − 1/255, x + 1/255], where
+    the bin of −1 extends to −∞ and that of 1 to +∞ (Eq. 13). x holds 8-bit pixels scaled to [−1, 1]."""
+    sigma = torch.exp(0.5 * log_variance)
+    upper = (x + 1 / 255 - mean) / sigma
+    lower = (x - 1 / 255 - mean) / sigma
+
+    # log Φ is accurate in the left tail only, so bins right of the mean are mirrored: Φ(b) − Φ(a) = Φ(−a) − Φ(−b).
+    near = torch.where(x < mean, upper, -lower)
+    far = torch.where(x < mean, lower, -upper)
+    log_near = torch.special.log_ndtr(near)
+    log_far = torch.special.log_ndtr(far)
+    inside = log_near + torch.log(-torch.expm1(log_far - log_near))
+
+    at_the_ends = torch.special.log_ndtr(torch.where(x < 0, upper, -lower))
+    return torch.where(x.abs() > 0.999, at_the_ends, inside)
+
+
+def mean_bits(nats):
+    """The mean over all but the first dimension, in bits."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def broadcast(values, x):
+    """values (B,) as (B, 1, …, 1), to broadcast against x (B, …); a single number stays one."""
+    if not torch.is_tensor(values) or values.dim() == 0:
+        return values
+    return values.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def randn(shape, like, generator):
+    """A sample of N(0, I) with the dtype and device of like."""
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+def last(iterable):
+    """The last item of an iterable, such as x_0 of a sampler that is a generator."""
+    for item in iterable:
+        result = item
+    return result
 
 
 # ---- 3. Guidance -----------------------------------------------------------------------------------------------------
 
 
 def classifier_free_guidance(model, labels, scale):
-    """ε̃ = (1 + w) ε_θ(x_t, c) − w ε_θ(x_t), w = scale (Ho & Salimans, 2022) → again a model(x_t, t), for any sampler.
+    """ε̃ = (1 + w) ε_θ(x_t, c) − w ε_θ(x_t) with w = scale (Ho & Salimans, 2022). Returns a model(x_t, t) for any
+    sampler.
 
-    labels: int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; both halves go through it as one
-    batch. w = 0 is plain conditional sampling, w = −1 unconditional. A learned variance is taken from the labelled
-    half. Refused: a model without classes, labels out of range."""
-    null = getattr(model, "num_classes", None)
-    if not null:
+    labels is int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; both halves run as one batch.
+    w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. A learned variance is that of the
+    conditional half. Raises ValueError if the model has no classes or a label is out of range."""
+    no_label = getattr(model, "num_classes", None)
+    if not no_label:
         raise ValueError("guidance needs a model that was built with num_classes")
-    if not ((0 <= labels) & (labels <= null)).all():
-        raise ValueError(f"labels must lie in 0…{null} ({null} is no label), got {labels.tolist()}")
+    if not ((0 <= labels) & (labels <= no_label)).all():
+        raise ValueError(f"labels must lie in 0…{no_label} ({no_label} is no label), got {labels.tolist()}")
 
     def guided(x_t, t):
         if scale == 0:
             return model(x_t, t, labels)
-        both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, null)]))
-        (labelled, v), (unlabelled, _) = (half.tensor_split([x_t.shape[1]], dim=1) for half in both.chunk(2))
-        return torch.cat([(1 + scale) * labelled - scale * unlabelled, v], dim=1)
+        both_labels = torch.cat([labels, torch.full_like(labels, no_label)])
+        both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both_labels)
+        conditional, unconditional = both.chunk(2)
+        c = x_t.shape[1]
+        noise = (1 + scale) * conditional[:, :c] - scale * unconditional[:, :c]
+        return torch.cat([noise, conditional[:, c:]], dim=1)
 
     return guided
 
 
-# ---- 4. The network --------------------------------------------------------------------------------------------------
+# ---- 4. Network ------------------------------------------------------------------------------------------------------
+# The paper's U-Net (appendix B). Modules have the names of the published weights, those of diffusers' UNet2DModel, so
+# that weights can be exchanged (section 10).
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, as in the paper; fewer where the channels don't divide by so many."""
+    """Group normalisation with 32 groups as in the paper, or fewer if the channels are not divisible by 32."""
 
     def __init__(self, channels, groups=32):
         super().__init__(math.gcd(channels, groups), channels, eps=1e-6)
 
 
 def zero(module):
-    """The module with all its weights at 0, so that the block it ends starts as the identity."""
+    """Zero-initialise a module, so that the residual block it ends starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """t (B,) → (B, dim): sin(t ω_i) and then cos(t ω_i), with ω from 1 down to 1/10000 in equal ratios."""
+    """t (B,) → (B, dim): sin(t ω_i), then cos(t ω_i), with frequencies ω_i falling geometrically from 1 to 1/10000."""
 
     def __init__(self, dim):
         super().__init__()
@@ -432,270 +510,621 @@ class SinusoidalPositionEmbeddings(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class AttentionBlock(nn.Module):
-    """softmax(q kᵀ/√C) v over the pixels, one head, with a residual: every place sees every other."""
+class TimeEmbedding(nn.Module):
+    """Two linear layers after the sinusoidal embedding."""
 
-    def __init__(self, channels, groups=32):
+    def __init__(self, dim, time_dim):
         super().__init__()
-        self.norm = GroupNorm(channels, groups)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zero(nn.Linear(channels, channels))
+        self.linear_1 = nn.Linear(dim, time_dim)
+        self.linear_2 = nn.Linear(time_dim, time_dim)
 
-    def forward(self, x):
-        h = self.norm(x).flatten(2).mT                                            # (B, HW, C)
-        q, k, v = self.qkv(h).chunk(3, dim=-1)
-        h = self.out((q / math.sqrt(q.shape[2]) @ k.mT).softmax(2) @ v)
-        return x + h.mT.reshape(x.shape)
+    def forward(self, position):
+        return self.linear_2(F.silu(self.linear_1(position)))
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with a residual; the time is added between them (appendix B), attention follows where asked."""
+    """Two convolutions with a residual connection; the time embedding is added between them."""
 
-    def __init__(self, in_channels, out_channels, time_dim, dropout=0.0, attention=False, groups=32):
+    def __init__(self, in_channels, out_channels, time_dim, dropout=0.0, groups=32):
         super().__init__()
         self.norm1 = GroupNorm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, out_channels)
+        self.time_emb_proj = nn.Linear(time_dim, out_channels)
         self.norm2 = GroupNorm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.attention = AttentionBlock(out_channels, groups) if attention else nn.Identity()
+        self.conv_shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(F.silu(emb))[:, :, None, None]
+        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.attention(self.shortcut(x) + h)
+        return self.conv_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """softmax(q kᵀ/√C) v with one head and a residual connection: every pixel attends to every other."""
+
+    def __init__(self, channels, groups=32):
+        super().__init__()
+        self.group_norm = GroupNorm(channels, groups)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(zero(nn.Linear(channels, channels)))
+
+    def forward(self, x):
+        h = self.group_norm(x).flatten(2).mT  # (B, HW, C)
+        q = self.to_q(h)
+        k = self.to_k(h)
+        v = self.to_v(h)
+        # Plain products: F.scaled_dot_product_attention is slower in bfloat16 at these small sizes.
+        weights = (q / math.sqrt(q.shape[2])) @ k.mT  # (B, HW, HW)
+        h = self.to_out(weights.softmax(2) @ v)
+        return x + h.mT.reshape(x.shape)
 
 
 class Downsample(nn.Module):
-    """Half the size, by a stride-2 convolution padded right and bottom only, as TensorFlow's SAME did."""
+    """Halve the size with a stride-2 convolution, padded right and bottom only, as TensorFlow's SAME does."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x, emb=None):
+    def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Twice the size: every pixel becomes four, then a convolution."""
+    """Double the size by nearest-neighbour interpolation, followed by a convolution."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, emb=None):
+    def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, a residual block for each number in in_channels, each followed by attention or by
+    nothing. UNet appends the change of size, if there is one."""
+
+    def __init__(self, in_channels, out_channels, time_dim, dropout, groups, attention):
+        super().__init__()
+        self.resnets = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+        for channels in in_channels:
+            self.resnets.append(ResidualBlock(channels, out_channels, time_dim, dropout, groups))
+            self.attentions.append(AttentionBlock(out_channels, groups) if attention else nn.Identity())
 
 
 class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
 
-    dim · dim_mults are the widths, a level each, and each level has half the size of the last; num_res_blocks a level,
-    one more on the way up; attention where the size is in attn_resolutions, and in the middle; none without any.
-    time_dim is 4 dim unless given. y (B,) int64 in 0…num_classes, where num_classes itself, or no y at all, is "no
-    label". learned_variance doubles the output channels. Norms have the paper's 32 groups from dim = 128 on, below it
-    dim/16: on a CPU groups of fewer than 16 channels take twice as long. Refused: an image_size that can't be halved
-    len(dim_mults) − 1 times, a dim that is no multiple of 4."""
+    image_channels: channels of x
+    dim: channels at full resolution, a multiple of 4
+    dim_mults: channels of each level, in multiples of dim; each level has half the size of the one before
+    num_res_blocks: residual blocks of a level on the way down; there is one more on the way up
+    attn_resolutions: sizes at which residual blocks are followed by attention; if not empty, so is the middle
+    image_size: height and width; a multiple of 2^(number of levels − 1)
+    dropout: dropout probability in the residual blocks
+    time_dim: width of the time embedding (default: 4 dim)
+    num_classes: number of labels y, int64 (B,) in 0…num_classes; num_classes itself, or y = None, means "no label"
+    learned_variance: double the output channels, for v
 
-    def __init__(self, image_channels=3, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,),
-                 image_size=32, dropout=0.1, time_dim=None, num_classes=None, learned_variance=False):
+    Norms have the paper's 32 groups if dim ≥ 128, else dim/16: on a CPU, groups of fewer than 16 channels take twice as
+    long. Raises ValueError if image_size or dim is not such a multiple."""
+
+    def __init__(
+        self,
+        image_channels=3,
+        dim=128,
+        dim_mults=(1, 2, 2, 2),
+        num_res_blocks=2,
+        attn_resolutions=(16,),
+        image_size=32,
+        dropout=0.1,
+        time_dim=None,
+        num_classes=None,
+        learned_variance=False,
+    ):
         super().__init__()
-        self.halvings, self.num_classes, self.image_channels = len(dim_mults) - 1, num_classes, image_channels
+        self.image_channels = image_channels
+        self.num_classes = num_classes
+        self.halvings = len(dim_mults) - 1
         if image_size < 1 or image_size % 2**self.halvings:
-            raise ValueError(f"image_size {image_size} can't be halved {self.halvings} times, as the "
-                             f"{len(dim_mults)} levels of dim_mults {tuple(dim_mults)} ask: it must be a multiple of "
-                             f"{2**self.halvings}")
+            raise ValueError(
+                f"image_size {image_size} can't be halved {self.halvings} times, as the {len(dim_mults)} levels of "
+                f"dim_mults {tuple(dim_mults)} require: it must be a multiple of {2**self.halvings}"
+            )
         if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a multiple of 4, got {dim}")
+
+        # Time and label
         time_dim = time_dim or 4 * dim
         self.position = SinusoidalPositionEmbeddings(dim)
-        self.time = nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        self.label = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
+        self.time_embedding = TimeEmbedding(dim, time_dim)
+        self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
+        # Down: skips lists the channels of every output that the way up will concatenate.
         groups = 32 if dim >= 128 else max(1, dim // 16)
-        block = functools.partial(ResidualBlock, time_dim=time_dim, dropout=dropout, groups=groups)
-        channels, size, skips = dim, image_size, [dim]
+        level = functools.partial(Level, time_dim=time_dim, dropout=dropout, groups=groups)
+        widths = [dim * mult for mult in dim_mults]
+        channels = dim
+        size = image_size
+        skips = [dim]
         self.conv_in = nn.Conv2d(image_channels, dim, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, mult in enumerate(dim_mults):
-            for _ in range(num_res_blocks):
-                self.down.append(block(channels, dim * mult, attention=size in attn_resolutions))
-                channels = dim * mult
-                skips.append(channels)
-            if level < self.halvings:
-                self.down.append(Downsample(channels))
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            in_channels = [channels] + [width] * (num_res_blocks - 1)
+            block = level(in_channels, width, attention=size in attn_resolutions)
+            skips += [width] * num_res_blocks
+            channels = width
+            if i < self.halvings:
+                block.downsamplers.append(Downsample(width))
+                skips.append(width)
                 size //= 2
-                skips.append(channels)
-        self.mid = nn.ModuleList(block(channels, channels, attention=attention)
-                                 for attention in (bool(attn_resolutions), False))
-        for level, mult in reversed(list(enumerate(dim_mults))):
+            self.down_blocks.append(block)
+
+        # Middle: attention between the two residual blocks.
+        self.mid_block = level([channels, channels], channels, attention=bool(attn_resolutions))
+        self.mid_block.attentions[1] = nn.Identity()
+
+        # Up
+        self.up_blocks = nn.ModuleList()
+        for i, width in reversed(list(enumerate(widths))):
+            in_channels = []
             for _ in range(num_res_blocks + 1):
-                self.up.append(block(channels + skips.pop(), dim * mult, attention=size in attn_resolutions))
-                channels = dim * mult
-            if level > 0:
-                self.up.append(Upsample(channels))
+                in_channels.append(channels + skips.pop())
+                channels = width
+            block = level(in_channels, width, attention=size in attn_resolutions)
+            if i > 0:
+                block.upsamplers.append(Upsample(width))
                 size *= 2
-        self.norm_out = GroupNorm(channels, groups)
-        self.conv_out = zero(nn.Conv2d(channels, image_channels * (2 if learned_variance else 1), 3, padding=1))
+            self.up_blocks.append(block)
+
+        # Out
+        out_channels = 2 * image_channels if learned_variance else image_channels
+        self.conv_norm_out = GroupNorm(channels, groups)
+        self.conv_out = zero(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(self, x, t, y=None):
-        if x.dim() != 4 or x.shape[1] != self.image_channels or any(n % 2**self.halvings for n in x.shape[2:]):
-            raise ValueError(f"x must be (B, {self.image_channels}, H, W), H and W multiples of {2**self.halvings}, "
-                             f"got {tuple(x.shape)}")
-        if y is not None and self.label is None:
-            raise ValueError("labels given to a network that was built without num_classes")
-        emb = self.time(self.position(t).to(x.dtype))
-        if self.label is not None:
-            emb = emb + self.label(torch.full_like(t, self.num_classes) if y is None else y)
+        self._check(x, y)
+
+        # Time and label
+        emb = self.time_embedding(self.position(t).to(x.dtype))
+        if self.class_embedding is not None:
+            y = torch.full_like(t, self.num_classes) if y is None else y
+            emb = emb + self.class_embedding(y)
+
+        # Down
         h = self.conv_in(x)
         skips = [h]
-        for layer in self.down:
-            h = layer(h, emb)
-            skips.append(h)
-        for layer in self.mid:
-            h = layer(h, emb)
-        for layer in self.up:
-            h = layer(h if isinstance(layer, Upsample) else torch.cat([h, skips.pop()], dim=1), emb)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        for level in self.down_blocks:
+            for block, attention in zip(level.resnets, level.attentions, strict=True):
+                h = attention(block(h, emb))
+                skips.append(h)
+            for downsample in level.downsamplers:
+                h = downsample(h)
+                skips.append(h)
+
+        # Middle
+        for block, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
+            h = attention(block(h, emb))
+
+        # Up
+        for level in self.up_blocks:
+            for block, attention in zip(level.resnets, level.attentions, strict=True):
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = attention(block(h, emb))
+            for upsample in level.upsamplers:
+                h = upsample(h)
+
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def _check(self, x, y):
+        multiple = 2**self.halvings
+        if x.dim() != 4 or x.shape[1] != self.image_channels or any(n % multiple for n in x.shape[2:]):
+            raise ValueError(
+                f"x must be (B, {self.image_channels}, H, W), H and W multiples of {multiple}, got {tuple(x.shape)}"
+            )
+        if y is not None and self.class_embedding is None:
+            raise ValueError("labels given to a network that was built without num_classes")
 
 
-# Published weights: what config.json must say, what it may also leave out, and how UNet calls the parts.
-MUST_SAY = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
-MAY_SAY = dict(act_fn="silu", attn_norm_num_groups=None, center_input_sample=False, class_embed_type=None,
-               downsample_type="conv", mid_block_scale_factor=1, mid_block_type="UNetMidBlock2D", norm_num_groups=32,
-               num_class_embeds=None, resnet_time_scale_shift="default", time_embedding_dim=None,
-               time_embedding_type="positional", upsample_type="conv")
-FREE = ("sample_size", "in_channels", "layers_per_block", "dropout", "num_train_timesteps")
-NAMES = {r"time_embedding\.linear_1": "time.0", r"time_embedding\.linear_2": "time.2", "time_emb_proj": "time",
-         r"mid_block\.resnets": "mid", r"mid_block\.attentions\.0": "mid.0.attention", "conv_norm_out": "norm_out",
-         "conv_shortcut": "shortcut", "group_norm": "norm", r"to_out\.0|proj_attn": "out",
-         "to_q|query": "qkv.0", "to_k|key": "qkv.1", "to_v|value": "qkv.2"}
+# ---- 5. Training: Algorithm 1 ----------------------------------------------------------------------------------------
 
 
-def in_one_line(error):
-    """What an exception says, as one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+def train(config, checkpoint=None, watch=None):
+    """Algorithm 1, with Adam, an average of the weights (EMA), a log and checkpoints. Returns the run's folder.
+
+    checkpoint, from read_checkpoint, resumes a run. watch(run, step) is called every config.sample_every steps and at
+    the end (default: Run.grid). Under torchrun, each process computes its share of every batch and rank 0 writes."""
+    # Data, network, optimizer
+    rank, _ = rank_and_world_size()
+    batch_size = batch_size_of_process(config)
+    device = pick_device(config.device)
+    images, labels, num_classes = load_training_data(config, device)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model, diffusion = build(config, images.shape[1], num_classes)
+    if config.weights and checkpoint is None:
+        load_initial_weights(model, config)
+    model = model.to(device, memory_format=torch.channels_last)
+    diffusion = diffusion.to(device)
+    ema = copy.deepcopy(model).eval()
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
+
+    # Checkpoint, run folder, processes, compilation
+    state = TrainingState(config, model, ema, optimizer, scheduler)
+    first_step = state.restore(checkpoint)
+    if rank == 0:
+        start_folder(Path(config.out), first_step)
+        announce(config, first_step, len(images), model, device)
+    network, control = share_between_processes(model, device)
+    network = maybe_compile(config, device, network)
+
+    log = TrainingLog(config, control)
+    stopped = False
+    with record_signals() as signals, training_bar(config, first_step) as bar:
+        for step in range(first_step, config.steps):
+            torch.manual_seed(derive_seed(config.seed, "training", step, rank))  # a step depends on these alone
+            chosen = torch.randint(len(images), (batch_size,), device=device)
+            y = labels[chosen] if num_classes else None
+
+            # Algorithm 1
+            # fmt: off
+            x_start = to_model(images[chosen])                                             # x_0 ~ q(x_0)
+            t = torch.randint(diffusion.timesteps, (batch_size,), device=device)           # t ~ Uniform({1, …, T})
+            noise = torch.randn_like(x_start)                                              # ε ~ N(0, I)
+            loss = training_loss(network, diffusion, config, x_start, t, noise, y, num_classes)
+            loss.backward()                                                                # ∇_θ ‖ε − ε_θ(x_t, t)‖²
+            # fmt: on
+
+            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            ema_update(ema, model, step, config.ema_decay)
+
+            # Log, checkpoint, samples
+            done = step + 1
+            bar.update(config.batch_size)
+            log.add(loss, gradient_norm)
+            stopped = any_process_received(signals, control)
+            save = stopped or done == config.steps or done % config.checkpoint_every == 0
+            if save or done % config.log_every == 0:
+                bar.set_postfix(loss=f"{log.write(done):.4f}")
+            if save and rank == 0:
+                state.save(done)
+            if stopped:
+                break
+            if rank == 0 and (done == config.steps or done % config.sample_every == 0):
+                (watch or Run.grid)(Run(config, ema, diffusion), done)
+                log.restart_clock()
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped and rank == 0 and done < config.steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {done:,}; {config.out}/checkpoint.pt holds it; resume with: "
+            f"python ddpm.py --train --resume --out {config.out}"
+        )
+    return Path(config.out)
 
 
-def load_published(folder):
-    """The network of a folder like google/ddpm-cifar10-32's: config.json, and diffusion_pytorch_model.bin (torch reads
-    it) or .safetensors (the package of that name does) → the UNet, and its arguments but for image_channels.
-
-    Refused: what can't be read, and, with the field's name, a config.json that asks for what UNet is not."""
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        shape = published_shape(config)
-        file = folder / "diffusion_pytorch_model.bin"
-        if file.with_suffix(".safetensors").exists() and not file.exists():
-            from safetensors.torch import load_file
-            weights = load_file(file.with_suffix(".safetensors"))
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-        network = UNet(config["in_channels"], **shape)
-        network.load_state_dict(renamed(weights, shape["num_res_blocks"]))
-    except ImportError:
-        raise ValueError(f"{folder} holds .safetensors, which need that package: pip install safetensors") from None
-    except Exception as error:                                # whatever a foreign file makes the readers raise
-        raise ValueError(f"{folder} is no published network that fits here: {in_one_line(error)}") from None
-    return network.eval(), shape
+def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
+    """Eq. 14 for a batch, with random flips if config.flip. y are its labels or None; some of them are replaced by
+    no_label, so that the network also learns ε_θ(x_t) without a label, which guidance needs."""
+    if config.flip:
+        flipped = torch.randint(2, (len(x_start),), device=x_start.device).bool()
+        x_start = torch.where(broadcast(flipped, x_start), x_start.flip(3), x_start)
+    if y is not None:
+        hidden = torch.rand(len(y), device=y.device) < config.label_dropout
+        y = torch.where(hidden, no_label, y)
+    with autocast(config, x_start.device):
+        return diffusion.p_losses(functools.partial(network, y=y), x_start, t, noise)
 
 
-def published_shape(config):
-    """UNet's arguments that make it the network of a config.json."""
-    widths, attention = config["block_out_channels"], [kind == "AttnDownBlock2D" for kind in config["down_block_types"]]
-    dim = max(128, widths[0] // 128 * 128)                    # so that all our group norms have 32 groups
-    can = dict(MUST_SAY, **MAY_SAY, out_channels=config["in_channels"], add_attention=any(attention),
-               block_out_channels=[width // dim * dim for width in widths],
-               down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
-               up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)])
-    says = {**MAY_SAY, "add_attention": True, **config}
-    for name in sorted({*can, *config}):
-        if name[0] != "_" and name not in FREE and (name not in can or says.get(name, "left out") != can[name]):
-            raise ValueError(f"{name} can't be {says.get(name, 'left out')!r}")
-    return dict(dim=dim, dim_mults=tuple(width // dim for width in widths), num_res_blocks=config["layers_per_block"],
-                attn_resolutions=tuple(config["sample_size"] >> i for i, here in enumerate(attention) if here),
-                image_size=config["sample_size"])
+def learning_rate(config, step):
+    """The factor of config.lr at a step: a linear rise over config.warmup steps, then config.lr_decay."""
+    rise = min(1.0, (step + 1) / (config.warmup + 1))
+    if config.lr_decay == "linear":
+        return rise * (1 - step / config.steps)
+    return rise
 
 
-def renamed(weights, num_res_blocks):
-    """Published weights under UNet's names; each attention's query, key and value become one."""
-    def place(match):
-        way, level, kind, i = match.groups()
-        blocks = num_res_blocks + (way == "up")
-        i = int(level) * (blocks + 1) + (blocks if "samplers" in kind else int(i))
-        return f"{way}.{i}.attention" if kind == "attentions" else f"{way}.{i}"
-
-    parts = {}
-    for name, weight in weights.items():
-        name = re.sub(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)", place, name)
-        for theirs, ours in NAMES.items():
-            name = re.sub(theirs, ours, name)
-        parts.setdefault(re.sub(r"qkv\.\d", "qkv", name), {})[name] = weight
-    return {name: torch.cat([weight for _, weight in sorted(part.items())]) for name, part in parts.items()}
+@torch.no_grad()
+def ema_update(averaged, model, n, decay):
+    """w̄ ← d w̄ + (1 − d) w for all weights, with d = min(decay, (1 + n)/(10 + n)) after n updates, so that a short run
+    averages too; the first update copies the weights. (torch's AveragedModel reads n from the device, which would make
+    every step wait for it.)"""
+    d = min(decay, (1 + n) / (10 + n)) if n else 0.0
+    torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - d)
 
 
-# ---- 5. Data ---------------------------------------------------------------------------------------------------------
+# ---- 6. Sampling: from x_T to images ---------------------------------------------------------------------------------
 
-TORCHVISION = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10)
+
+@dataclasses.dataclass
+class Run:
+    """A trained network with everything that sampling needs."""
+
+    config: "Config"
+    model: nn.Module
+    diffusion: GaussianDiffusion
+
+    @classmethod
+    def read(cls, out, device=None, bf16=None, compile=None):
+        """The run in a folder, with its averaged weights."""
+        device = pick_device(device)
+        checkpoint = read_checkpoint(out)
+        config = dataclasses.replace(checkpoint["config"], bf16=bf16, compile=compile)
+        return cls.ready(config, averaged_network(checkpoint), build_diffusion(config), device)
+
+    @classmethod
+    def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
+        """Published weights, which are averages already, with the diffusion published beside them (default: the
+        paper's)."""
+        device = pick_device(device)
+        model, shape = load_published(folder)
+        settings = {**shape, **published_schedule(folder)}
+        out = out or f"runs/{Path(folder).resolve().name}"
+        config = preset("cifar10", **settings, bf16=bf16, compile=compile, out=out)
+        return cls.ready(config, model, build_diffusion(config), device)
+
+    @classmethod
+    def ready(cls, config, model, diffusion, device):
+        """A network moved to the device and, if config says so, compiled as one CUDA graph."""
+        model = model.to(device, memory_format=torch.channels_last).eval()
+        return cls(config, maybe_compile(config, device, model, "reduce-overhead"), diffusion.to(device))
+
+    @property
+    def device(self):
+        """The device that samples are drawn on."""
+        return self.diffusion.betas.device
+
+    def trajectory(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
+        """An iterator over x_{t−1}, …, x_0 of count images, with all noise drawn from seed. labels is (count,) or None.
+        sampling_steps is S (default: for DDIM 50, or T if that is less; for Algorithm 2 T)."""
+        # x_T ~ N(0, I)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
+        x_t = torch.randn(shape, generator=generator, device=self.device)
+
+        # ε_θ, with labels and guidance
+        guided = self.model
+        if labels is not None:
+            guided = classifier_free_guidance(self.model, labels.to(self.device), guidance)
+
+        def model(x_t, t):
+            with autocast(self.config, self.device):
+                return guided(x_t, t)
+
+        # x_T → x_0
+        diffusion = self.diffusion
+        if sampler == "ddim":
+            if sampling_steps is None:
+                sampling_steps = min(50, diffusion.timesteps)
+            return diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generator)
+        if sampling_steps is not None:
+            diffusion, model = diffusion.respace(model, sampling_steps)
+        return diffusion.p_sample_steps(model, x_t, generator=generator)
+
+    def labels(self, count, label=None):
+        """(count,) labels: every class in turn, or the given one. None for a network without labels."""
+        if not self.model.num_classes:
+            return None
+        if label is not None:
+            return torch.full((count,), label)
+        return torch.arange(count) % self.model.num_classes
+
+    def grid(self, step):
+        """Write a grid of samples, with a column for each class, named after the training step."""
+        classes = self.model.num_classes
+        count = 10 * min(classes, 16) if classes else 64
+        seed = derive_seed(self.config.seed, "grid")
+        pixels = to_pixels(last(self.trajectory(count, self.labels(count), seed)))
+        path = Path(self.config.out) / f"samples-{step:06}.png"
+        atomic_write(path, functools.partial(make_grid_image(pixels, classes).save, format="PNG"))
+
+
+def sample(run, count, seed=0, **options):
+    """Draw count images with the options of Sampling and write them into the run's folder. Returns the paths written.
+
+    Batches are equally large, so that a compiled network sees one shape. Batch i is drawn from (seed, i), so that the
+    images do not depend on the number of processes that share the batches."""
+    options = Sampling(**options)
+    check_sampling(options, run)
+    if count < 1:
+        raise ValueError(f"--sample must be at least 1, got {count}")
+    batches = math.ceil(count / options.sampling_batch)
+    size = math.ceil(count / batches)
+
+    # Labels, and a column of the grid for each class
+    labels = None
+    if not options.unconditional:
+        labels = run.labels(batches * size, options.label)
+    columns = None
+    if labels is not None and options.label is None:
+        columns = run.model.num_classes
+
+    # Every process draws its share of the batches; rank 0 writes.
+    drawn, frames = draw_batches(run, batches, size, labels, seed, options)
+    rank, world_size = rank_and_world_size()
+    if world_size > 1:
+        drawn = gather_batches(drawn)
+    if rank > 0:
+        return []
+    pixels = torch.cat([drawn[i] for i in range(batches)])[:count]
+    return write_samples(Path(run.config.out), pixels, columns, options.individual, frames)
+
+
+def draw_batches(run, batches, size, labels, seed, options):
+    """Draw this process's share of the batches. Returns {i: uint8 images of batch i}, and with options.animate every
+    x_t of batch 0."""
+    rank, world_size = rank_and_world_size()
+    hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
+    drawn = {}
+    frames = []
+    for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar):
+        trajectory = run.trajectory(
+            size,
+            None if labels is None else labels[i * size : (i + 1) * size],
+            derive_seed(seed, "sampling", i),
+            options.sampler,
+            options.sampling_steps,
+            options.eta,
+            options.guidance,
+        )
+        for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
+            if options.animate and i == 0:
+                frames.append(to_pixels(x_t).cpu())
+        drawn[i] = to_pixels(x_t).cpu()
+    return drawn, frames
+
+
+def evaluate(run, count, seed=0):
+    """Print the bound on −log₂ p(x_0) of count held-out images, term by term (Eq. 5)."""
+    if count < 1:
+        raise ValueError(f"--evaluate must be at least 1, got {count}")
+    images, _ = load_data(run.config.data, run.config.image_size, run.device, split="test")
+    if not len(images):
+        raise ValueError(f"{run.config.data} has too few images to hold any out from training: it needs at least ten")
+    images = images[:count]
+
+    # The terms of all images, in batches of at most 250.
+    generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
+    batches = []
+    for pixels in tqdm(images.chunk(math.ceil(len(images) / 250)), unit=" batches", disable=None):
+        with autocast(run.config, run.device):
+            batches.append(run.diffusion.bits_per_dim(run.model, to_model(pixels), generator=generator))
+    bits = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    # Means and standard errors; rate and distortion as in §4.3.
+    middle = bits["L_{t-1}"].sum(1)
+    rate = bits["L_T"] + middle
+    rmse = 127.5 * bits["squared_error"][:, 0].mean().sqrt()
+    terms = {"L_T": bits["L_T"], "L_1 … L_{T-1}": middle, "L_0": bits["L_0"], "total: NLL ≤": bits["total"]}
+    print(f"{len(images)} held-out images of {run.config.data}, in bits/dim:")
+    for name, value in terms.items():
+        print(f"  {name:14} {value.mean():.4f} ± {value.std() / len(value) ** 0.5:.4f}")
+    print(f"  rate {rate.mean():.4f}, distortion {bits['L_0'].mean():.4f} (RMSE {rmse:.2f} of 255)")
+
+
+# ======================================================================================================================
+# The paper ends here; what follows is plumbing: data, options, files, devices, published weights, the command line.
+# ======================================================================================================================
+
+# ---- 7. Data ---------------------------------------------------------------------------------------------------------
+
+TORCHVISION = {
+    "mnist": datasets.MNIST,
+    "fashion_mnist": datasets.FashionMNIST,
+    "cifar10": datasets.CIFAR10,
+}
 
 
 def load_data(name_or_folder, image_size=32, device="cpu", split=None):
-    """Pictures, uint8 (N, C, H, W), and their labels, int64 (N,) or None, on the device.
+    """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None, on the device.
 
-    "digits" lies in assets/digits.png; "mnist", "fashion_mnist" and "cifar10" come through torchvision, downloaded into
-    data/ when absent; anything else is a folder of pictures, resized and cropped to image_size, whose subfolders are
-    the classes. split: None is all there is (of torchvision's sets the training half); "test" what training must not
-    see: torchvision's test half, every tenth picture of the others; "train" the rest.
-    Refused: a folder that is not there, holds no picture or one that can't be read; a download that fails."""
+    "digits" is assets/digits.png. "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
+    they are not there. Anything else is a folder of images, resized and cropped to image_size, whose subfolders are the
+    classes. split="test" is what training does not see: torchvision's test set, or every tenth image of the others;
+    "train" is the rest; None is everything (torchvision's training set).
+    Raises ValueError for a folder that does not exist or has no images, an unreadable image, a failed download."""
     if name_or_folder in TORCHVISION:
-        try:
-            dataset = TORCHVISION[name_or_folder]("data", train=split != "test", download=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{name_or_folder} is not in data/ and can't be downloaded ({error}); without a network "
-                             "use --data digits or --data FOLDER, or put torchvision's files into data/") from None
-        images = torch.as_tensor(dataset.data)
-        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
-        return images.contiguous().to(device), torch.as_tensor(dataset.targets).to(device)
-    images, labels = load_digits() if name_or_folder == "digits" else load_folder(Path(name_or_folder), image_size)
-    if split:
-        chosen = (torch.arange(len(images)) % 10 == 9) == (split == "test")
-        images, labels = images[chosen], None if labels is None else labels[chosen]
-    return images.to(device), None if labels is None else labels.to(device)
+        images, labels = load_torchvision(name_or_folder, split)
+    elif name_or_folder == "digits":
+        images, labels = load_digits()
+    else:
+        images, labels = load_folder(Path(name_or_folder), image_size)
+
+    if split and name_or_folder not in TORCHVISION:
+        held_out = torch.arange(len(images)) % 10 == 9
+        chosen = held_out if split == "test" else ~held_out
+        images = images[chosen]
+        if labels is not None:
+            labels = labels[chosen]
+
+    if labels is not None:
+        labels = labels.to(device)
+    return images.to(device), labels
+
+
+def load_torchvision(name, split):
+    try:
+        dataset = TORCHVISION[name]("data", train=split != "test", download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} is not in data/ and can't be downloaded ({error}); without a network use --data digits or "
+            "--data FOLDER, or put torchvision's files into data/"
+        ) from None
+    images = torch.as_tensor(dataset.data)
+    if images.dim() == 3:
+        images = images[:, None]  # (N, H, W) → (N, 1, H, W)
+    else:
+        images = images.permute(0, 3, 1, 2)  # (N, H, W, C) → (N, C, H, W)
+    return images.contiguous(), torch.as_tensor(dataset.targets)
 
 
 def load_digits():
-    """The 1,797 digits of assets/digits.png: ten rows of 8×8 tiles, a digit each, rows filled up with black."""
+    """The 1,797 digits of assets/digits.png: ten rows of 8×8 tiles, one row a digit, padded with black tiles."""
     sheet = pil_to_tensor(Image.open(Path(__file__).parent / "assets" / "digits.png"))[0]
-    tiles = sheet.reshape(10, 8, -1, 8).transpose(1, 2)                           # (10, tiles in a row, 8, 8)
-    labels, places = torch.nonzero(tiles.flatten(2).any(2), as_tuple=True)
-    return tiles[labels, places][:, None], labels
+    tiles = sheet.reshape(10, 8, -1, 8).transpose(1, 2)  # (10, tiles in a row, 8, 8)
+    labels, columns = torch.nonzero(tiles.flatten(2).any(2), as_tuple=True)
+    return tiles[labels, columns][:, None], labels
 
 
 def load_folder(folder, image_size):
-    """Every picture below the folder; those of one subfolder are one class."""
+    """All images below the folder; those below one of its subfolders are one class."""
     if not folder.is_dir():
-        raise ValueError(f"no data set and no folder: {folder} (data sets: digits, {', '.join(TORCHVISION)})")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions() and p.is_file())
+        raise ValueError(f"{folder} is neither a data set (digits, {', '.join(TORCHVISION)}) nor a folder")
+    suffixes = Image.registered_extensions()
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not paths:
-        raise ValueError(f"no pictures in {folder}: it needs .png, .jpg or other picture files, in it or in subfolders")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("I").point(lambda v: v / 257) if file.mode.startswith("I;16") else file
-                image = ImageOps.exif_transpose(image).convert("L" if image.mode == "I" else "RGBA").convert("RGBA")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} can't be read as a picture: {error}") from None
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        images.append(pil_to_tensor(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)))
-    names = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in paths]
+        raise ValueError(f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders")
+    images = torch.stack([read_image(path, image_size) for path in paths])
+
+    # An image that lies in the folder itself has the class "".
+    names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes = sorted(set(names))
-    return torch.stack(images), torch.tensor([classes.index(n) for n in names]) if len(classes) > 1 else None
+    if len(classes) == 1:
+        return images, None
+    return images, torch.tensor([classes.index(name) for name in names])
+
+
+def read_image(path, image_size):
+    """An image file as RGB, uint8 (3, image_size, image_size), on white where it is transparent."""
+    try:
+        with Image.open(path) as file:
+            image = file
+            if file.mode.startswith("I;16"):
+                image = file.convert("I").point(lambda value: value / 257)  # 16-bit grey, which PIL would clip
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "I":
+                image = image.convert("L")
+            image = image.convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} can't be read as an image: {error}") from None
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")
+    return pil_to_tensor(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
+
+
+def load_training_data(config, device):
+    """Returns images, labels, and the number of classes (None if the network is not to learn the labels)."""
+    images, labels = load_data(config.data, config.image_size, device, split="train")
+    if images.shape[2:] != (config.image_size, config.image_size):
+        raise ValueError(f"image_size must be {images.shape[2]} for {config.data}, got {config.image_size}")
+    if labels is None or not config.conditional:
+        return images, None, None
+    return images, labels, int(labels.max()) + 1
 
 
 def to_model(pixels):
@@ -704,109 +1133,233 @@ def to_model(pixels):
 
 
 def to_pixels(x):
-    """float [−1, 1] → uint8 0…255, what lies outside being clamped."""
+    """float [−1, 1] → uint8 0…255; values outside are clamped."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-# ---- 6. Training -----------------------------------------------------------------------------------------------------
+# ---- 8. Configuration ------------------------------------------------------------------------------------------------
 
 
-def option(default, help, low=-math.inf, high=math.inf, choices=None):
-    """A field of Config, with what --help says of it and what it may be."""
-    return dataclasses.field(default=default, metadata=dict(help=help, bounds=(low, high, choices)))
+def option(default, help, low=-math.inf, high=math.inf, choices=None, shown=None):
+    """A dataclass field that is also a command-line flag, with its --help text, bounds and choices. shown replaces the
+    default in the help text."""
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, low=low, high=high, choices=choices, shown=shown)
+    )
+
+
+def check_options(options, spell=str):
+    """Raise ValueError for a field of a dataclass of options outside its bounds or choices; spell turns its name into
+    that of the message."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        name = spell(field.name)
+        low = field.metadata["low"]
+        high = field.metadata["high"]
+        choices = field.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        if field.type not in (int, float, tuple) or value is None:
+            continue
+        for number in value if field.type is tuple else [value]:
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be finite, got {number}")
+            if high == math.inf and number < low:
+                raise ValueError(f"{name} must be at least {low}, got {number}")
+            if not low <= number <= high:
+                raise ValueError(f"{name} must lie in {low}…{high}, got {number}")
 
 
 @dataclasses.dataclass
 class Config:
-    """All that a run depends on. The command line has a flag for each field and the checkpoint keeps them."""
+    """Everything a run depends on. Every field is a flag of --train and is stored in the checkpoint."""
 
-    data: str = option("digits", "digits, mnist, fashion_mnist, cifar10, or a folder of pictures")
-    image_size: int = option(8, "height and width, pixels; a folder's pictures are resized and cropped to it", 1, 4096)
-    dim: int = option(32, "channels at full size; a multiple of 4", 4, 4096)
-    dim_mults: tuple = option((1, 2), "channels of each level in multiples of dim, each level half the size", 1, 64)
-    num_res_blocks: int = option(1, "residual blocks a level", 1, 16)
-    attn_resolutions: tuple = option((4,), "sizes in pixels that have self-attention", 1, 4096)
-    dropout: float = option(0.0, "dropout in the residual blocks, a probability", 0, 0.99)
-    conditional: bool = option(True, "learn the labels, where the data have them")
-    label_dropout: float = option(0.1, "share of the labels hidden in training, which is what guidance needs", 0, 1)
-    timesteps: int = option(1000, "T, steps of the forward process", 2, 100000)
-    schedule: str = option("linear", "β_t; the paper's is linear, here scaled by 1000/T", choices=("linear", "cosine"))
-    variance: str = option("fixed_large", "σ_t² of the reverse process: β_t, β̃_t, or learned between the two",
-                           choices=("fixed_large", "fixed_small", "learned_range"))
+    data: str = option("digits", "digits, mnist, fashion_mnist, cifar10, or a folder of images")
+    image_size: int = option(8, "height and width in pixels; a folder's images are resized and cropped to it", 1, 4096)
+    dim: int = option(32, "channels at full resolution, a multiple of 4", 4, 4096)
+    dim_mults: tuple = option((1, 2), "channels of each level, in multiples of dim; each level halves the size", 1, 64)
+    num_res_blocks: int = option(1, "residual blocks per level", 1, 16)
+    attn_resolutions: tuple = option((4,), "sizes in pixels at which there is self-attention", 1, 4096)
+    dropout: float = option(0.0, "dropout probability in the residual blocks", 0, 0.99)
+    conditional: bool = option(True, "learn the labels, if the data have them")
+    label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs", 0, 1)
+    timesteps: int = option(1000, "T, the number of steps of the forward process", 2, 100000)
+    schedule: str = option(
+        "linear",
+        "β_t: cosine, or linear as in the paper, scaled by 1000/T",
+        choices=("linear", "cosine"),
+    )
+    variance: str = option(
+        "fixed_large",
+        "σ_t² of the reverse process: β_t, β̃_t, or learned between the two",
+        choices=("fixed_large", "fixed_small", "learned_range"),
+    )
     loss: str = option("simple", "Eq. 14, or the bound of Eq. 5", choices=("simple", "bound"))
-    weights: str = option(None, "a folder of published weights to start from, or with --sample to draw from")
+    weights: str = option(None, "a folder of published weights to start from", shown="none")
     steps: int = option(1200, "training steps", 1)
-    batch_size: int = option(128, "pictures a step, over all processes together", 1)
+    batch_size: int = option(128, "images per step, over all processes together", 1)
     lr: float = option(3e-3, "Adam's learning rate", 0, 1)
     warmup: int = option(50, "steps over which the learning rate rises from 0", 0)
-    lr_decay: str = option("linear", "the learning rate after warm-up: constant, or falling to 0 at the last step",
-                           choices=("constant", "linear"))
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", 0)
-    ema_decay: float = option(0.9999, "decay of the averaged weights, a step", 0, 0.999999)
-    flip: bool = option(False, "mirror half of the pictures left to right")
+    lr_decay: str = option(
+        "linear",
+        "the learning rate after the warm-up: constant, or falling to 0 at the last step",
+        choices=("constant", "linear"),
+    )
+    grad_clip: float = option(1.0, "the gradient's norm is clipped at this value; 0 does not clip", 0)
+    ema_decay: float = option(0.9999, "decay of the averaged weights, per step", 0, 0.999999)
+    flip: bool = option(False, "mirror half of the images left to right")
     seed: int = option(0, "seed of everything random")
     log_every: int = option(50, "steps between two lines of log.csv", 1)
-    sample_every: int = option(500, "steps between two sample grids", 1)
+    sample_every: int = option(500, "steps between two grids of samples", 1)
     checkpoint_every: int = option(500, "steps between two checkpoints", 1)
-    bf16: bool = option(None, "compute in bfloat16; unless said, where the processor has instructions for "
-                        "it, which on a CPU is 1.3 (digits) to 1.5 times (the paper's network) as fast")
-    compile: bool = option(None, "torch.compile the network, a minute at the start; unless said, on CUDA "
-                           "with Triton only")
-    device: str = option(None, "cuda (cuda:1 is the second), mps or cpu; unless said, the first that is there")
-    out: str = option(None, "the run's folder; runs/<data> unless said")
+    bf16: bool = option(None, "compute in bfloat16", shown="where the processor supports it natively")
+    compile: bool = option(None, "torch.compile the network, which takes a minute", shown="on CUDA with Triton")
+    device: str = option(None, "cuda, cuda:1 (the second), mps or cpu", shown="the first of these that there is")
+    out: str = option(None, "the run's folder", shown="runs/<data>; with --resume the newest run in runs/")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, low, high, choices = getattr(self, field.name), *field.metadata["bounds"]
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
-            for number in value if field.type is tuple else [value] * (field.type in (int, float)):
-                if not low <= number <= high:
-                    raise ValueError(f"{field.name} must lie in {low}…{high}, got {number}")
+        check_options(self)
         if not self.dim_mults:
             raise ValueError(f"dim_mults needs at least one level, got {self.dim_mults}")
         self.out = self.out or f"runs/{Path(self.data).resolve().name}"
 
 
-PAPER = dict(image_size=32, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,), dropout=0.1,
-             conditional=False, steps=800_000, lr=2e-4, warmup=5000, lr_decay="constant", flip=True,
-             sample_every=10_000, checkpoint_every=5000)
-GREY_28 = dict(image_size=28, dim_mults=(1, 2, 2), attn_resolutions=(7,), steps=3000, batch_size=64, lr=2e-3,
-               warmup=200, sample_every=1000)
-FOLDER = dict(PAPER, dim=64, conditional=True, steps=50_000, lr=5e-4, warmup=500, sample_every=1000,
-              checkpoint_every=500)
+@dataclasses.dataclass
+class Source:
+    """What --sample, --evaluate and --export work on."""
+
+    out: str = option(None, "the folder of a run", shown="the newest run in runs/")
+    data: str = option(None, "the run in runs/<data>, an alternative to --out", shown="none")
+    weights: str = option(None, "a folder of published weights instead of a run", shown="none")
+
+
+@dataclasses.dataclass
+class Sampling:
+    """How --sample draws, and what it writes besides samples.png."""
+
+    sampler: str = option("ddim", "ddim, or ddpm for Algorithm 2", choices=("ddim", "ddpm"))
+    sampling_steps: int = option(None, "S, the number of steps, 1…T", shown="50 for ddim, T for ddpm")
+    eta: float = option(0.0, "noise of ddim: 0 is deterministic, 1 has the noise of ddpm", 0, 1)
+    guidance: float = option(0.0, "weight of classifier-free guidance; 0 is none")
+    label: int = option(None, "the class to draw", shown="all in turn")
+    unconditional: bool = option(False, "draw without labels")
+    sampling_batch: int = option(64, "images drawn at once", 1)
+    individual: bool = option(False, "also write every image as a PNG of its own")
+    animate: bool = option(False, "also write the reverse process as a GIF")
+
+    def __post_init__(self):
+        check_options(self, as_flag)
+
+
+def check_sampling(options, run):
+    """Raise ValueError for options of Sampling that do not fit the run or each other."""
+    classes = run.model.num_classes
+    wants_label = options.label is not None or options.guidance != 0
+    if not classes and wants_label:
+        raise ValueError(f"--label and --guidance need a network that learned labels; that in {run.config.out} did not")
+    if options.unconditional and wants_label:
+        raise ValueError("--unconditional goes with neither --label nor --guidance")
+    if options.label is not None and not 0 <= options.label < classes:
+        raise ValueError(f"--label must lie in 0…{classes - 1}, got {options.label}")
+
+
+# The settings of the paper's appendix B for CIFAR-10, and of other data sets. Config's defaults are those of the digits.
+PAPER = dict(
+    image_size=32,
+    dim=128,
+    dim_mults=(1, 2, 2, 2),
+    num_res_blocks=2,
+    attn_resolutions=(16,),
+    dropout=0.1,
+    conditional=False,
+    steps=800_000,
+    lr=2e-4,
+    warmup=5000,
+    lr_decay="constant",
+    flip=True,
+    sample_every=10_000,
+    checkpoint_every=5000,
+)
+GREY_28 = dict(
+    image_size=28,
+    dim_mults=(1, 2, 2),
+    attn_resolutions=(7,),
+    steps=3000,
+    batch_size=64,
+    lr=2e-3,
+    warmup=200,
+    sample_every=1000,
+)
+FOLDER = dict(
+    PAPER,
+    dim=64,
+    conditional=True,
+    steps=50_000,
+    lr=5e-4,
+    warmup=500,
+    sample_every=1000,
+    checkpoint_every=500,
+)
 PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER)
 
 
 def preset(data, **changes):
-    """The Config that suits a data set, with changes."""
-    return Config(**{"data": data, **PRESETS.get(data, FOLDER), **changes})
+    """The default Config of a data set, with overrides."""
+    settings = dict(PRESETS.get(data, FOLDER), data=data)
+    settings.update(changes)
+    return Config(**settings)
 
 
 def build_diffusion(config):
-    """The diffusion that a config asks for; the linear schedule's ends are scaled by 1000/T."""
-    scale = 1000 / config.timesteps
-    betas = (linear_beta_schedule(config.timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
-             if config.schedule == "linear" else cosine_beta_schedule(config.timesteps))
+    """The diffusion of a Config. The linear schedule's ends are scaled by 1000/T, so that x_T is noise for every T."""
+    betas = cosine_beta_schedule(config.timesteps)
+    if config.schedule == "linear":
+        betas = linear_beta_schedule(config.timesteps, *linear_ends(config.timesteps))
     return GaussianDiffusion(betas, config.variance, config.loss)
 
 
+def linear_ends(timesteps):
+    """β_1 and β_T of the linear schedule."""
+    scale = 1000 / timesteps
+    return 1e-4 * scale, min(0.02 * scale, 0.999)
+
+
 def build(config, image_channels, num_classes):
-    """The network and the diffusion that a config asks for."""
-    model = UNet(image_channels, config.dim, config.dim_mults, config.num_res_blocks, config.attn_resolutions,
-                 config.image_size, config.dropout, num_classes=num_classes,
-                 learned_variance=config.variance == "learned_range")
-    return model, build_diffusion(config)
+    """The network and the diffusion of a Config."""
+    network = UNet(
+        image_channels,
+        config.dim,
+        config.dim_mults,
+        config.num_res_blocks,
+        config.attn_resolutions,
+        config.image_size,
+        config.dropout,
+        num_classes=num_classes,
+        learned_variance=config.variance == "learned_range",
+    )
+    return network, build_diffusion(config)
 
 
-def rank_and_world_size():
-    """The number of this process, and how many share the work, as torchrun says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ---- 9. Files and devices --------------------------------------------------------------------------------------------
+
+
+def derive_seed(seed, use, *numbers):
+    """A 32-bit seed for one use of randomness, such as derive_seed(seed, "training", step, rank). Different uses and
+    different numbers give independent streams: children of seed in NumPy's SeedSequence."""
+    spawn_key = (int.from_bytes(use.encode(), "big"), *numbers)
+    return np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(1).item()
+
+
+# Devices
 
 
 def pick_device(name=None):
-    """The device of that name, or the best there is; under torchrun each process's own GPU. CUDA is put to TF32."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The device of that name (default: CUDA, else MPS, else the CPU); under torchrun, "cuda" is each process's own GPU.
+    Enables TF32 on CUDA. Raises ValueError if the device can't be used."""
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
@@ -819,497 +1372,771 @@ def pick_device(name=None):
 
 
 def autocast(config, device):
-    """bfloat16 where the processor computes in it: it costs no quality, and a CPU that has it trains the digits 1.3
-    times and the paper's network 1.5 times as fast."""
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else (
-        device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
-    return torch.autocast(device.type, torch.bfloat16, enabled=native if config.bf16 is None else config.bf16)
+    """A context manager for bfloat16, if config.bf16 says so (default: where the processor supports it natively). It
+    does not cost quality; a CPU with such instructions trains the digits 1.3 times as fast, the paper's network 1.5
+    times."""
+    enabled = config.bf16
+    if enabled is None and device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif enabled is None and device.type == "cpu":
+        enabled = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(enabled))
+
+
+def maybe_compile(config, device, network, mode=None):
+    """The network, compiled if config.compile says so (default: on CUDA with Triton, which torch installs on Linux
+    only)."""
+    wanted = config.compile
+    if wanted is None:
+        from torch.utils._triton import has_triton
+
+        wanted = device.type == "cuda" and has_triton()
+    if not wanted:
+        return network
+    rank, _ = rank_and_world_size()
+    if rank == 0:
+        print("compiling the network takes about a minute; --no-compile skips it", file=sys.stderr)
+    return torch.compile(network, mode=mode, dynamic=False)
 
 
 def keep_freed_memory():
-    """Have glibc keep what a step frees for the next one. To hand it back and take it again, page by page, is a third
-    of a small network's time on a CPU. Without glibc nothing happens."""
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                                  # as malloc.h has them
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    """Tell glibc's malloc to keep freed memory: returning it to the system and faulting it in again takes a third of a
+    small network's time on a CPU. No effect without glibc."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    M_TRIM_THRESHOLD = -1  # as in malloc.h
+    M_MMAP_THRESHOLD = -3
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def maybe_compile(config, device, network, mode=None):
-    """The network through torch.compile, if config.compile says so or, where it is silent, on CUDA with Triton, which
-    torch brings along on Linux alone."""
-    wanted = config.compile
-    if wanted is None:
-        from torch.utils._triton import has_triton
-        wanted = device.type == "cuda" and has_triton()
-    if wanted and rank_and_world_size()[0] == 0:
-        print("the network is compiled first, a minute or so: --no-compile does without", file=sys.stderr)
-    return torch.compile(network, mode=mode, dynamic=False) if wanted else network
+# Processes
 
 
-def derive_seed(seed, use, *numbers):
-    """A 32-bit seed for one use of randomness, such as derive_seed(seed, "training", step, rank). Different uses and
-    different numbers give different streams: children of seed in NumPy's SeedSequence."""
-    spawn_key = (int.from_bytes(use.encode(), "big"), *numbers)
-    return np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(1).item()
+def rank_and_world_size():
+    """The number of this process and the number of processes, as set by torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def learning_rate(config, step):
-    """The share of config.lr that a step takes: a linear rise over config.warmup steps, then config.lr_decay."""
-    rise = min(1.0, (step + 1) / (config.warmup + 1))
-    return rise * (1 - step / config.steps if config.lr_decay == "linear" else 1.0)
+def batch_size_of_process(config):
+    """This process's share of config.batch_size."""
+    _, world_size = rank_and_world_size()
+    if config.batch_size % world_size:
+        raise ValueError(
+            f"batch_size {config.batch_size} must be a multiple of the {world_size} processes that share it"
+        )
+    return config.batch_size // world_size
 
 
-@torch.no_grad()
-def ema_update(averaged, model, n, decay):
-    """w̄ ← d w̄ + (1 − d) w for all weights, d = min(decay, (1 + n)/(10 + n)) after n updates, so that a short run
-    averages too; the first copies. (torch's AveragedModel reads n from the device: every step would wait for it.)"""
-    d = min(decay, (1 + n) / (10 + n)) if n else 0.0
-    torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - d)
+def share_between_processes(model, device):
+    """With several processes, joins them. Returns the model with gradients averaged over them, and a group for values
+    on the CPU (None with one process)."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return model, None
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    control = dist.new_group(backend="gloo")
+    return nn.parallel.DistributedDataParallel(model), control
 
 
-def atomic_write(path, save):
-    """save(file) beside, synced, then renamed: at any instant path is the old file or the new one, whole."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):                  # torch turns a full disk into a RuntimeError
-            raise OSError(f"{path} can't be written ({error.__context__ or error}); what it held is whole") from None
-        raise
-
-
-def read_checkpoint(out, device="cpu"):
-    """The checkpoint of a run's folder, without running any code that it may hold."""
-    path = Path(out) / "checkpoint.pt"
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}: --out names the folder of a run; python ddpm.py --train makes one")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        return {**checkpoint, "config": Config(**{**checkpoint["config"], "out": str(out)})}
-    except Exception as error:                                # whatever a foreign file makes torch's reader raise
-        raise ValueError(f"{path} is no checkpoint of ddpm.py, or not a whole one ({type(error).__name__})") from None
-
-
-LOG = "step,loss,gradient_norm,learning_rate,images_per_second\n"
-
-
-def start_folder(out, first):
-    """An empty folder for a new run, an earlier run's being moved aside; or an old run's, its log cut at step first."""
-    rows = []
-    if first:
-        rows = (out / "log.csv").read_text().splitlines(keepends=True)[1:]
-    elif (out / "checkpoint.pt").exists():
-        aside = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}-{n}")).exists())
-        print(f"the earlier run in {out} is now {out.rename(aside)}")
-    out.mkdir(parents=True, exist_ok=True)
-    kept = [LOG, *(row for row in rows if int(row.split(",")[0]) <= first)]
-    atomic_write(out / "log.csv", lambda file: file.write("".join(kept).encode()))
+def gather_batches(drawn):
+    """All processes' {i: images of batch i}, as one dictionary."""
+    _, world_size = rank_and_world_size()
+    dist.init_process_group("gloo")
+    gathered = [None] * world_size
+    dist.all_gather_object(gathered, drawn)
+    dist.destroy_process_group()
+    return {i: pixels for part in gathered for i, pixels in part.items()}
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """A list that a first SIGINT or SIGTERM is put into; a second one ends the process."""
-    noted = []
+def record_signals():
+    """Context manager that records the first SIGINT or SIGTERM in a list; a second one terminates the process."""
+    received = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(number, before[number])
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def record(number, frame):
+        received.append(number)
+        signal.signal(number, handlers[number])
+
     try:
-        yield noted
+        for number in handlers:
+            signal.signal(number, record)
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def train(config, checkpoint=None, watch=None):
-    """Algorithm 1 with what makes it work in practice → the run's folder.
-
-    checkpoint, from read_checkpoint, goes on with a run. watch(run, step) is called every config.sample_every steps and
-    at the end; unless given, it draws a grid. Under torchrun every process works on its share of each batch."""
-    rank, ranks = rank_and_world_size()
-    if config.batch_size % ranks:
-        raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {ranks} processes that share it")
-    device, out = pick_device(config.device), Path(config.out)
-    images, labels = load_data(config.data, config.image_size, device, split="train")
-    if images.shape[2:] != (config.image_size, config.image_size):
-        raise ValueError(f"image_size must be {images.shape[2]} for {config.data}, got {config.image_size}")
-    num_classes = int(labels.max()) + 1 if config.conditional and labels is not None else None
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, diffusion = build(config, images.shape[1], num_classes)
-    if config.weights and not checkpoint:
-        start, _ = load_published(config.weights)
-        if start.image_channels != images.shape[1]:
-            raise ValueError(f"{config.data} has {images.shape[1]} channels, {config.weights} {start.image_channels}")
-        model.load_state_dict(start.state_dict())
-    model, diffusion = model.to(device, memory_format=torch.channels_last), diffusion.to(device)
-    ema = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
-    parts = dict(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
-    first = 0
-    if checkpoint:
-        if checkpoint["num_classes"] != num_classes:
-            raise ValueError(f"{config.data} has {num_classes} classes, the run in {out} {checkpoint['num_classes']}")
-        first = checkpoint["step"]
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-
-    if rank == 0:
-        start_folder(out, first)
-        print(f"{len(images):,} pictures of {config.data}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{device}, {config.steps - first:,} steps into {out}")
-    network = model
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")
-        network = nn.parallel.DistributedDataParallel(model)
-    network = maybe_compile(config, device, network)
-    batch_size = config.batch_size // ranks                                                  # of this process
-
-    history, since = [], time.perf_counter()
-    bar = tqdm(total=config.steps * config.batch_size, initial=first * config.batch_size, unit=" images",
-               unit_scale=True, disable=None if rank == 0 else True)
-    with signals_noted() as noted, bar:
-        for step in range(first, config.steps):
-            torch.manual_seed(derive_seed(config.seed, "training", step, rank))
-            chosen = torch.randint(len(images), (batch_size,), device=device)
-            x_start = to_model(images[chosen])                                               # x_0 ~ q(x_0)
-            t = torch.randint(diffusion.timesteps, (batch_size,), device=device)             # t ~ Uniform{1 … T}
-            noise = torch.randn_like(x_start)                                                # ε ~ N(0, I)
-            if config.flip:
-                mirrored = torch.randint(2, (batch_size,), device=device).bool()
-                x_start = torch.where(broadcast(mirrored, x_start), x_start.flip(3), x_start)
-            y = None
-            if num_classes:
-                hidden = torch.rand(batch_size, device=device) < config.label_dropout
-                y = torch.where(hidden, num_classes, labels[chosen])
-            with autocast(config, device):
-                loss = diffusion.p_losses(functools.partial(network, y=y), x_start, t, noise)
-            loss.backward()                                                                  # ∇_θ ‖ε − ε_θ(x_t, t)‖²
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            ema_update(ema, model, step, config.ema_decay)
-
-            done = step + 1
-            history.append(torch.stack([loss.detach(), norm]))
-            bar.update(config.batch_size)
-            stop = torch.tensor(float(bool(noted)))
-            if ranks > 1:
-                dist.all_reduce(stop, group=control)
-            save = stop or done == config.steps or done % config.checkpoint_every == 0
-            if save or done % config.log_every == 0:
-                losses, norms = torch.stack(history, dim=1).float().cpu()
-                if ranks > 1:
-                    dist.all_reduce(losses, group=control)
-                    losses /= ranks
-                finite = losses.isfinite() & norms.isfinite()
-                if not finite.all():
-                    raise ValueError(f"loss or gradient is not finite at (seed {config.seed}, step "
-                                     f"{done - len(history) + int(finite.int().argmin())}); {out}/checkpoint.pt is the "
-                                     f"last good one; a smaller --lr than {config.lr:g} may help")
-                speed, since = len(history) * config.batch_size / (time.perf_counter() - since), time.perf_counter()
-                bar.set_postfix(loss=f"{losses.mean():.4f}")
-                if rank == 0:
-                    with open(out / "log.csv", "a") as file:
-                        file.write(f"{done},{losses.mean():.6f},{norms.mean():.4f},{config.lr * learning_rate(config, step):.3g},"
-                                   f"{speed:.0f}\n")
-                history.clear()
-            if rank == 0 and save:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state.update(step=done, config=dataclasses.asdict(config), image_channels=images.shape[1],
-                             num_classes=num_classes)
-                atomic_write(out / "checkpoint.pt", functools.partial(torch.save, state))
-            if rank == 0 and (done == config.steps or done % config.sample_every == 0) and not stop:
-                (watch or Run.grid)(Run(config, ema, diffusion), done)
-                since = time.perf_counter()
-            if stop:
-                break
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank == 0 and stop and done < config.steps:
-        raise KeyboardInterrupt(f"stopped after step {done:,}; {out}/checkpoint.pt holds it, go on with: "
-                                f"python ddpm.py --train --resume --out {out}")
-    return out
+def any_process_received(signals, control):
+    """Whether record_signals of this process or, with several, of any other has recorded one."""
+    if control is None:
+        return len(signals) > 0
+    received = torch.tensor(len(signals))
+    dist.all_reduce(received, group=control)
+    return received.item() > 0
 
 
-# ---- 7. Sampling and the command line --------------------------------------------------------------------------------
+# Files
 
 
-@dataclasses.dataclass
-class Run:
-    """A trained network with all that sampling needs."""
+def atomic_write(path, save):
+    """Call save(file) on a temporary file, fsync it and rename it: path is always the complete old or new file."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch turns a full disk into a RuntimeError
+            reason = error.__context__ or error
+            raise OSError(f"{path} can't be written ({reason}); its previous content is intact") from None
+        raise
 
-    config: Config
-    model: nn.Module
-    diffusion: GaussianDiffusion
 
-    @classmethod
-    def ready(cls, config, model, diffusion, device):
-        """A network on the device, as fast there as config lets it: compiled, it is one CUDA graph a call."""
-        model = model.to(device, memory_format=torch.channels_last).eval()
-        return cls(config, maybe_compile(config, device, model, "reduce-overhead"), diffusion.to(device))
-
-    @classmethod
-    def read(cls, out, device=None, bf16=None, compile=None):
-        """The run of a folder, with its averaged weights."""
-        device, checkpoint = pick_device(device), read_checkpoint(out)
-        config = dataclasses.replace(checkpoint["config"], bf16=bf16, compile=compile)
-        model, diffusion = build(config, checkpoint["image_channels"], checkpoint["num_classes"])
-        model.load_state_dict(checkpoint["ema"])
-        return cls.ready(config, model, diffusion, device)
-
-    @classmethod
-    def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
-        """Published weights, which were averaged already, with the paper's diffusion."""
-        device, (model, shape) = pick_device(device), load_published(folder)
-        out = out or f"runs/{Path(folder).resolve().name}"
-        config = preset("cifar10", **shape, bf16=bf16, compile=compile, out=out)
-        return cls.ready(config, model, build_diffusion(config), device)
-
-    @property
-    def device(self):
-        """Where it draws."""
-        return self.diffusion.betas.device
-
-    def trajectory(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
-        """An iterator over x_{t−1}, …, x_0 of count pictures, all noise being the seed's; labels (count,) or None.
-        sampling_steps is S; unless given, 50 or T if that is less for DDIM, and T for Algorithm 2."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
-        x_t = torch.randn(shape, generator=generator, device=self.device)
-        model = self.model
-        if labels is not None:
-            model = classifier_free_guidance(model, labels.to(self.device), guidance)
-        model, diffusion = autocast(self.config, self.device)(functools.partial(model)), self.diffusion
-        if sampler == "ddim":
-            steps = min(50, diffusion.timesteps) if sampling_steps is None else sampling_steps
-            return diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generator)
-        if sampling_steps is not None:
-            diffusion, model = diffusion.respace(model, sampling_steps)
-        return diffusion.p_sample_steps(model, x_t, generator=generator)
-
-    def labels(self, count, label=None):
-        """Every class in turn, or one label; None for a network without classes."""
-        if not self.model.num_classes:
-            return None
-        return torch.arange(count) % self.model.num_classes if label is None else torch.full((count,), label)
-
-    def grid(self, step):
-        """Write a grid of samples, a column a class, named after a step of training."""
-        classes = self.model.num_classes
-        count = 10 * min(classes, 16) if classes else 64
-        seed = derive_seed(self.config.seed, "grid")
-        pixels = to_pixels(last(self.trajectory(count, self.labels(count), seed)))
-        path = Path(self.config.out) / f"samples-{step:06}.png"
-        atomic_write(path, functools.partial(make_grid_image(pixels, classes).save, format="PNG"))
+def write_folder(path, save):
+    """Call save(folder) on an empty temporary folder, then rename it to path, replacing what is there."""
+    temporary = path.with_name(path.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save(temporary)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
 
 
 def make_grid_image(pixels, columns=None):
-    """Pictures, uint8 (N, C, H, W), as one grid, small ones enlarged."""
+    """Images, uint8 (N, C, H, W), as one grid (default: a square one); small images are enlarged."""
     grid = make_grid(pixels.cpu(), nrow=columns or math.ceil(len(pixels) ** 0.5), padding=1, pad_value=64)
     zoom = max(1, 32 // pixels.shape[-1])
     return to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
 
 
-def sample(run, count, label=None, unconditional=False, sampling_batch=64, individual=False, animate=False, seed=0,
-           **how):
-    """Draw count pictures as Run.trajectory does and write them into the run's folder → the paths written.
-
-    Batches are equally large, so that a compiled network sees one shape. Batch i starts from (seed, i), so that the
-    pictures do not depend on how many processes share the batches."""
-    if count < 1 or sampling_batch < 1:
-        raise ValueError(f"--sample and --sampling-batch must be at least 1, got {count} and {sampling_batch}")
-    rank, ranks = rank_and_world_size()
-    quiet = None if rank == 0 else True
-    batches = math.ceil(count / sampling_batch)
-    size = math.ceil(count / batches)
-    labels = None if unconditional else run.labels(batches * size, label)
-    columns = run.model.num_classes if labels is not None and label is None else None
-    drawn, frames = {}, []
-    for i in tqdm(range(rank, batches, ranks), unit=" batches", disable=quiet):
-        part = None if labels is None else labels[i * size:(i + 1) * size]
-        steps = run.trajectory(size, part, derive_seed(seed, "sampling", i), **how)
-        for x_t in tqdm(steps, unit=" steps", leave=False, disable=quiet):
-            if animate and i == 0:
-                frames.append(to_pixels(x_t).cpu())
-        drawn[i] = to_pixels(x_t).cpu()
-    if ranks > 1:
-        dist.init_process_group("gloo")
-        gathered = [None] * ranks
-        dist.all_gather_object(gathered, drawn)
-        drawn = {i: pixels for part in gathered for i, pixels in part.items()}
-        dist.destroy_process_group()
-    if rank:
-        return []
-
-    out = Path(run.config.out)
+def write_samples(out, pixels, columns, individual, frames):
+    """Write samples.png and, if wanted, the folder individual and samples.gif. Returns the paths written."""
     out.mkdir(parents=True, exist_ok=True)
-    pixels, paths = torch.cat([drawn[i] for i in sorted(drawn)])[:count], [out / "samples.png"]
-    atomic_write(paths[0], functools.partial(make_grid_image(pixels[:1024], columns).save, format="PNG"))
+    paths = [out / "samples.png"]
+    grid = make_grid_image(pixels[:1024], columns)
+    atomic_write(paths[0], functools.partial(grid.save, format="PNG"))
+
+    # Every image as a file of its own
+    def save_individually(folder):
+        for i, image in enumerate(pixels):
+            to_pil_image(image).save(folder / f"{i:05}.png")
+
     if individual:
-        fresh = out / "individual.part"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        for i, one in enumerate(pixels):
-            to_pil_image(one).save(fresh / f"{i:05}.png")
-        shutil.rmtree(out / "individual", ignore_errors=True)
-        paths.append(fresh.rename(out / "individual"))
-    if animate:
-        shown = [*frames[:-1:math.ceil(len(frames) / 60)], frames[-1]]
-        first, *rest = [make_grid_image(frame, columns) for frame in shown]
+        paths.append(out / "individual")
+        write_folder(paths[-1], save_individually)
+
+    # About 60 of the frames, the last one shown for two seconds
+    if frames:
+        shown = frames[: -1 : math.ceil(len(frames) / 60)]
+        grids = [make_grid_image(frame, columns) for frame in [*shown, frames[-1]]]
         paths.append(out / "samples.gif")
-        atomic_write(paths[-1], functools.partial(first.save, format="GIF", save_all=True, append_images=rest, loop=0,
-                                           duration=[60] * len(rest) + [2000]))
+        save_gif = functools.partial(
+            grids[0].save,
+            format="GIF",
+            save_all=True,
+            append_images=grids[1:],
+            loop=0,
+            duration=[60] * len(shown) + [2000],
+        )
+        atomic_write(paths[-1], save_gif)
     return paths
 
 
-def evaluate(run, count, seed=0):
-    """Print the bound on −log₂ p(x_0) of count held-out pictures, term by term (Eq. 5)."""
-    if count < 1:
-        raise ValueError(f"--evaluate must be at least 1, got {count}")
-    images, _ = load_data(run.config.data, run.config.image_size, run.device, split="test")
-    if not len(images):
-        raise ValueError(f"{run.config.data} holds too few pictures to have kept any from training: it takes ten")
-    generator, terms, images = torch.Generator(run.device), [], images[:count]
-    generator.manual_seed(derive_seed(seed, "evaluation"))
-    for pixels in tqdm(images.chunk(math.ceil(len(images) / 250)), unit=" batches", disable=None):
-        with autocast(run.config, run.device):
-            terms.append(run.diffusion.bits_per_dim(run.model, to_model(pixels), generator=generator))
-    bits = {name: torch.cat([term[name] for term in terms]) for name in terms[0]}
-    rate = bits["L_T"] + bits["L_{t-1}"].sum(1)
-    rmse = 127.5 * bits["squared_error"][:, 0].mean().sqrt()
-    print(f"{len(rate)} held-out pictures of {run.config.data}, in bits/dim:")
-    for name, value in [("L_T", bits["L_T"]), ("L_1 … L_{T-1}", bits["L_{t-1}"].sum(1)), ("L_0", bits["L_0"]),
-                        ("total: NLL ≤", bits["total"])]:
-        print(f"  {name:14} {value.mean():.4f} ± {value.std() / len(value) ** 0.5:.4f}")
-    print(f"  rate {rate.mean():.4f}, distortion {bits['L_0'].mean():.4f} (RMSE {rmse:.2f} of 255)")
+# The folder of a run: checkpoint.pt, log.csv, samples-*.png
 
 
-FIELDS = [field.name for field in dataclasses.fields(Config)]
-MACHINE = ("device", "bf16", "compile")
-RUN = ("out", "data", *MACHINE)                                        # which run, and what does not change its result
+@dataclasses.dataclass
+class TrainingState:
+    """Everything that a checkpoint holds but for the step."""
+
+    config: Config
+    model: UNet
+    ema: UNet
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+    def parts(self):
+        return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+    def restore(self, checkpoint):
+        """Load a checkpoint. Returns the number of steps done, 0 without a checkpoint."""
+        if checkpoint is None:
+            return 0
+        if checkpoint["num_classes"] != self.model.num_classes:
+            raise ValueError(
+                f"{self.config.data} has {self.model.num_classes} classes, the run in {self.config.out} "
+                f"{checkpoint['num_classes']}"
+            )
+        for name, part in self.parts().items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint["step"]
+
+    def save(self, step):
+        """Write checkpoint.pt."""
+        checkpoint = {name: part.state_dict() for name, part in self.parts().items()}
+        checkpoint["step"] = step
+        checkpoint["config"] = dataclasses.asdict(self.config)
+        checkpoint["image_channels"] = self.model.image_channels
+        checkpoint["num_classes"] = self.model.num_classes
+        atomic_write(Path(self.config.out) / "checkpoint.pt", functools.partial(torch.save, checkpoint))
+
+
+def read_checkpoint(out, device="cpu"):
+    """The checkpoint in a run's folder, read without running code that it may contain (weights_only)."""
+    path = Path(out) / "checkpoint.pt"
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}: --out names the folder of a run; python ddpm.py --train makes one")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        settings = dict(checkpoint["config"], out=str(out))
+        checkpoint["config"] = Config(**settings)
+        checkpoint["ema"]["time_embedding.linear_1.weight"]  # other names before UNet had the published ones
+    except Exception as error:  # a malformed file may raise almost anything
+        raise ValueError(f"{path} is no checkpoint of ddpm.py, or not a whole one ({type(error).__name__})") from None
+    return checkpoint
+
+
+def averaged_network(checkpoint):
+    """The network of a checkpoint, with the averaged weights."""
+    network, _ = build(checkpoint["config"], checkpoint["image_channels"], checkpoint["num_classes"])
+    network.load_state_dict(checkpoint["ema"])
+    return network.eval()
+
+
+def start_folder(out, first_step):
+    """For a new run (first_step = 0), make an empty folder; an earlier run there is renamed. For a resumed run, cut
+    log.csv off at first_step."""
+    header = "step,loss,gradient_norm,learning_rate,images_per_second\n"
+    rows = []
+    if first_step > 0:
+        rows = (out / "log.csv").read_text().splitlines(keepends=True)[1:]
+    elif (out / "checkpoint.pt").exists():
+        n = 1
+        while out.with_name(f"{out.name}-{n}").exists():
+            n += 1
+        renamed = out.rename(out.with_name(f"{out.name}-{n}"))
+        print(f"the earlier run in {out} is now {renamed}")
+    out.mkdir(parents=True, exist_ok=True)
+    kept = [row for row in rows if int(row.split(",")[0]) <= first_step]
+    atomic_write(out / "log.csv", lambda file: file.write("".join([header, *kept]).encode()))
+
+
+def announce(config, first_step, image_count, model, device):
+    """Print what is trained."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{image_count:,} images of {config.data}, {parameters:,} parameters, {device}, "
+        f"{config.steps - first_step:,} steps into {config.out}"
+    )
+
+
+def training_bar(config, first_step):
+    """The progress bar, counted in images; only rank 0 shows one."""
+    rank, _ = rank_and_world_size()
+    return tqdm(
+        total=config.steps * config.batch_size,
+        initial=first_step * config.batch_size,
+        unit=" images",
+        unit_scale=True,
+        disable=None if rank == 0 else True,  # None: hidden unless the output is a terminal
+    )
+
+
+class TrainingLog:
+    """Writes log.csv: means over the steps since the line before. Losses stay on the device until a line is written, so
+    that no step waits for the GPU."""
+
+    def __init__(self, config, control):
+        self.config = config
+        self.control = control
+        self.history = []
+        self.restart_clock()
+
+    def restart_clock(self):
+        self.since = time.perf_counter()
+
+    def add(self, loss, gradient_norm):
+        self.history.append(torch.stack([loss.detach(), gradient_norm]))
+
+    def write(self, done):
+        """Write a line after step number done. Returns the mean loss. Raises ValueError if a loss is not finite."""
+        losses, norms = torch.stack(self.history, dim=1).float().cpu()
+        rank, world_size = rank_and_world_size()
+        if self.control is not None:
+            dist.all_reduce(losses, group=self.control)
+            losses /= world_size
+        self.check_finite(losses, norms, done)
+
+        now = time.perf_counter()
+        speed = len(self.history) * self.config.batch_size / (now - self.since)
+        lr = self.config.lr * learning_rate(self.config, done - 1)
+        if rank == 0:
+            with open(Path(self.config.out) / "log.csv", "a") as file:
+                file.write(f"{done},{losses.mean():.6f},{norms.mean():.4f},{lr:.3g},{speed:.0f}\n")
+        self.since = now
+        self.history.clear()
+        return losses.mean()
+
+    def check_finite(self, losses, norms, done):
+        finite = losses.isfinite() & norms.isfinite()
+        if not finite.all():
+            step = done - len(finite) + int(finite.int().argmin())
+            raise ValueError(
+                f"loss or gradient is not finite at (seed {self.config.seed}, step {step}); "
+                f"{self.config.out}/checkpoint.pt is the last good one; a smaller --lr than {self.config.lr:g} may help"
+            )
+
+
+# ---- 10. Published weights -------------------------------------------------------------------------------------------
+# The folders of diffusers' UNet2DModel, such as google/ddpm-cifar10-32: config.json, and diffusion_pytorch_model.bin
+# or .safetensors; for its pipelines also scheduler_config.json and model_index.json.
+
+# The fields of config.json that UNet can't vary. The default of diffusers is another one for those of the first group.
+FIXED_FIELDS = dict(
+    attention_head_dim=None,
+    downsample_padding=0,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    norm_eps=1e-6,
+)
+DEFAULT_FIELDS = dict(
+    act_fn="silu",
+    attn_norm_num_groups=None,
+    center_input_sample=False,
+    class_embed_type=None,
+    downsample_type="conv",
+    mid_block_scale_factor=1,
+    mid_block_type="UNetMidBlock2D",
+    resnet_time_scale_shift="default",
+    time_embedding_dim=None,
+    time_embedding_type="positional",
+    upsample_type="conv",
+)
+
+
+def describe_network(network, image_size):
+    """The config.json of a UNet. Raises ValueError for what a UNet2DModel can't be."""
+    levels = network.down_blocks
+    widths = [level.resnets[-1].conv2.out_channels for level in levels]
+    attention = [isinstance(level.attentions[0], AttentionBlock) for level in levels]
+    groups = sorted({module.num_groups for module in network.modules() if isinstance(module, GroupNorm)})
+    if len(groups) > 1:
+        raise ValueError(f"diffusers has one number of groups for all norms, this network has {groups}")
+    if network.conv_in.out_channels != widths[0]:
+        raise ValueError(
+            f"diffusers needs dim_mults that begin with 1, got dim {network.conv_in.out_channels}, {widths}"
+        )
+    return dict(
+        **FIXED_FIELDS,
+        **DEFAULT_FIELDS,
+        sample_size=image_size,
+        in_channels=network.image_channels,
+        out_channels=network.conv_out.out_channels,
+        block_out_channels=widths,
+        layers_per_block=len(levels[0].resnets),
+        norm_num_groups=groups[0],
+        down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
+        up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+        add_attention=isinstance(network.mid_block.attentions[0], AttentionBlock),
+        num_class_embeds=network.num_classes + 1 if network.num_classes else None,
+    )
+
+
+def load_published(folder):
+    """Returns the UNet of a published folder, and its arguments but for image_channels, as a dict.
+
+    Raises ValueError for what can't be read and, with the field's name, for a config.json that describes another
+    function than UNet's. .safetensors are read if there is no .bin and the package of that name is installed."""
+    folder = Path(folder)
+    file = folder / "diffusion_pytorch_model.bin"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        shape = read_shape(config)
+        network = UNet(config["in_channels"], **shape)
+        check_published(config, describe_network(network, shape["image_size"]))
+        if file.with_suffix(".safetensors").exists() and not file.exists():
+            from safetensors.torch import load_file
+
+            weights = load_file(file.with_suffix(".safetensors"))
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+        network.load_state_dict({current_name(name): weight for name, weight in weights.items()})
+    except ImportError:
+        raise ValueError(f"{folder} holds .safetensors, which need that package: pip install safetensors") from None
+    except Exception as error:  # a malformed file may raise almost anything
+        raise ValueError(f"{folder} is no published network that fits here: {in_one_line(error)}") from None
+    return network.eval(), shape
+
+
+def read_shape(config):
+    """UNet's arguments for a config.json."""
+    widths = config["block_out_channels"]
+    dim = widths[0]
+    attn_resolutions = []
+    for i, kind in enumerate(config["down_block_types"]):
+        if kind == "AttnDownBlock2D":
+            attn_resolutions.append(config["sample_size"] >> i)
+    return dict(
+        dim=dim,
+        dim_mults=tuple(width // dim for width in widths),
+        num_res_blocks=config["layers_per_block"],
+        attn_resolutions=tuple(attn_resolutions),
+        image_size=config["sample_size"],
+    )
+
+
+def check_published(config, expected):
+    """Raise ValueError for a field of config.json that is not as expected, an absent one having diffusers' default."""
+    defaults = dict(DEFAULT_FIELDS, add_attention=True, norm_num_groups=32, num_class_embeds=None)
+    config = {**defaults, **config}
+    for name in sorted({*config, *expected}):
+        if name.startswith("_") or name in ("dropout", "num_train_timesteps"):
+            continue  # neither changes what a trained network computes
+        value = config.get(name, "left out")
+        if name not in expected or value != expected[name]:
+            raise ValueError(f"{name} can't be {value!r}")
+
+
+def current_name(name):
+    """A weight's name; files of before 2023 call the layers of attention differently."""
+    name = name.replace(".query.", ".to_q.").replace(".key.", ".to_k.").replace(".value.", ".to_v.")
+    return name.replace(".proj_attn.", ".to_out.0.")
+
+
+def in_one_line(error):
+    """The message of an exception as one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def load_initial_weights(model, config):
+    """Load the published weights config.weights into a new network."""
+    start, _ = load_published(config.weights)
+    if start.image_channels != model.image_channels:
+        raise ValueError(f"{config.data} has {model.image_channels} channels, {config.weights} {start.image_channels}")
+    model.load_state_dict(start.state_dict())
+
+
+def published_schedule(folder):
+    """Config's timesteps, schedule and variance for the scheduler_config.json of a published folder; none without it.
+    Raises ValueError if it is none that a Config can describe."""
+    path = Path(folder) / "scheduler_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        scheduler = json.loads(path.read_text())
+        timesteps = scheduler["num_train_timesteps"]
+        betas = scheduler.get("trained_betas")
+        if betas is None and scheduler["beta_schedule"] == "linear":
+            betas = linear_beta_schedule(timesteps, scheduler["beta_start"], scheduler["beta_end"])
+        betas = torch.as_tensor(betas, dtype=torch.float32)
+        if scheduler.get("prediction_type", "epsilon") != "epsilon":
+            raise ValueError(f"prediction_type can't be {scheduler['prediction_type']!r}")
+        for schedule in ("linear", "cosine"):
+            config = Config(
+                timesteps=timesteps, schedule=schedule, variance=scheduler.get("variance_type", "fixed_small")
+            )
+            if torch.allclose(build_diffusion(config).betas, betas, rtol=1e-5, atol=0):
+                return dict(timesteps=timesteps, schedule=schedule, variance=config.variance)
+        raise ValueError("its betas are neither the linear nor the cosine schedule")
+    except Exception as error:  # a malformed file may raise almost anything
+        raise ValueError(f"{path} is no schedule that fits here: {in_one_line(error)}") from None
+
+
+def export(checkpoint, folder):
+    """Write a run's averaged network as a folder that diffusers loads: UNet2DModel.from_pretrained(folder) is the same
+    function, with class_labels = num_classes for "no label". DDPMPipeline and DDIMPipeline draw from it if it has no
+    labels and a fixed variance. (A learned v is exported as it is; diffusers' scheduler expects 2v − 1.)"""
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: --export makes a new one")
+    config = checkpoint["config"]
+    network = averaged_network(checkpoint)
+    network_config = describe_network(network, config.image_size)
+    weights = {name: weight.contiguous() for name, weight in network.state_dict().items()}
+
+    def save(folder):
+        write_json(folder / "config.json", dict(_class_name="UNet2DModel", dropout=config.dropout, **network_config))
+        write_json(folder / "scheduler_config.json", dict(_class_name="DDPMScheduler", **describe_schedule(config)))
+        if network.num_classes is None and config.variance != "learned_range":
+            write_json(
+                folder / "model_index.json",
+                dict(
+                    _class_name="DDPMPipeline",
+                    unet=["diffusers", "UNet2DModel"],
+                    scheduler=["diffusers", "DDPMScheduler"],
+                ),
+            )
+        try:
+            from safetensors.torch import save_file
+
+            save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        except ImportError:
+            torch.save(weights, folder / "diffusion_pytorch_model.bin")
+
+    write_folder(folder, save)
+
+
+def describe_schedule(config):
+    """The scheduler_config.json of a Config."""
+    start, end = linear_ends(config.timesteps)
+    trained_betas = None
+    if config.schedule == "cosine":
+        trained_betas = cosine_beta_schedule(config.timesteps).tolist()
+    return dict(
+        num_train_timesteps=config.timesteps,
+        beta_schedule="linear",
+        beta_start=start,
+        beta_end=end,
+        trained_betas=trained_betas,
+        variance_type=config.variance,
+        prediction_type="epsilon",
+        clip_sample=True,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+    )
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# ---- 11. Command line ------------------------------------------------------------------------------------------------
+
+
+def options_of(kind, *names):
+    """The fields of a dataclass of options, all of them or those of the given names, by name."""
+    return {field.name: field for field in dataclasses.fields(kind) if not names or field.name in names}
+
+
+# The modes, and the options that each takes.
+MACHINE = options_of(Config, "device", "bf16", "compile")
+RUN = options_of(Source, "out", "data")
+RESUME = options_of(Config, "steps", "log_every", "sample_every", "checkpoint_every", "out", "data")
 MODES = {
-    "train": ("train", *FIELDS),
-    "train --resume": ("train", "resume", *RUN, "steps", "log_every", "sample_every", "checkpoint_every"),
-    "sample": ("sample", *RUN, "weights", "seed", "sampler", "sampling_steps", "eta", "guidance", "label",
-               "unconditional", "sampling_batch", "individual", "animate"),
-    "evaluate": ("evaluate", *RUN, "seed"),
+    "train": options_of(Config),
+    "train --resume": {**RESUME, **MACHINE},
+    "sample": {**options_of(Source), **options_of(Sampling), **options_of(Config, "seed"), **MACHINE},
+    "evaluate": {**RUN, **options_of(Config, "seed"), **MACHINE},
+    "export": RUN,
+}
+USAGE = {
+    "train": "--train [--resume] [options]",
+    "sample": "--sample N [options]",
+    "evaluate": "--evaluate [N] [options]",
+    "export": "--export FOLDER [options]",
 }
 
 
-def parse(arguments):
-    """The command line → its mode, and a dict of what was given. A flag that the mode would pass over is refused."""
-    parser = argparse.ArgumentParser("ddpm.py", description="Train a DDPM, sample from it, evaluate it.",
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"ddpm.py: error: {message}\n")
+def as_flag(name):
+    """The flag of an option: batch_size → --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def as_typed(value):
+    """A value as it is typed on the command line."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value)
+
+
+def describe_default(field):
+    """The default of an option, and those of the presets that have another one."""
+    if field.metadata["shown"]:
+        return field.metadata["shown"]
+    presets = {}
+    for data, settings in {**PRESETS, "a folder": FOLDER}.items():
+        value = settings.get(field.name, field.default)
+        if value != field.default:
+            presets.setdefault(as_typed(value), []).append(data)
+    others = [f"{value} for {', '.join(names)}" for value, names in presets.items()]
+    return "; ".join([as_typed(field.default), *others])
+
+
+def add_option(parser, field):
+    """Add an option of any kind to an argument parser."""
+    flag = as_flag(field.name)
+    text = f"{field.metadata['help']} (default: {describe_default(field)})".replace("%", "%%")
+    if field.type is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif field.type is tuple:
+        parser.add_argument(flag, type=int, nargs="*", metavar="N", help=text)
+    else:
+        parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], help=text)
+
+
+def add_modes(parser):
+    """Add the flags that choose the mode."""
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--train", action="store_true", help="train a network")
-    modes.add_argument("--sample", type=int, metavar="N", help="draw N pictures from the last run, or that of --out")
-    modes.add_argument("--evaluate", type=int, nargs="?", const=256, metavar="N",
-                       help="bits/dim of N held-out pictures (256)")
-    parser.add_argument("--resume", action="store_true", help="with --train: go on with the last run, or that of --out")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sampler", choices=("ddpm", "ddim"), help="ddim unless said, or ddpm: Algorithm 2")
-    sampling.add_argument("--sampling-steps", type=int, metavar="S", help="steps, 1…T (50 of DDIM, T of DDPM)")
-    sampling.add_argument("--eta", type=float, help="noise of DDIM, 0…1: 0 has none, 1 is DDPM's (0)")
-    sampling.add_argument("--guidance", type=float, metavar="W", help="weight of classifier-free guidance (0: none)")
-    sampling.add_argument("--label", type=int, metavar="K", help="the class to draw (all in turn)")
-    sampling.add_argument("--unconditional", action="store_true", help="draw without a label")
-    sampling.add_argument("--sampling-batch", type=int, metavar="B", help="pictures drawn at once (64)")
-    sampling.add_argument("--individual", action="store_true", help="write each sample as a PNG of its own too")
-    sampling.add_argument("--animate", action="store_true", help="write the reverse process as a GIF too")
-    training = parser.add_argument_group("training", "The defaults in brackets are those of --data digits; "
-                                                     "--data cifar10 takes the paper's.")
-    for field in dataclasses.fields(Config):
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"].replace("%", "%%")
-        text += "" if field.default is None else f" ({field.default})"
-        if field.type is bool:
-            training.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
-        elif field.type is tuple:
-            training.add_argument(flag, type=int, nargs="*", metavar="N", help=text)
-        else:
-            training.add_argument(flag, type=field.type, choices=field.metadata["bounds"][2], help=text)
+    modes.add_argument("--sample", type=int, metavar="N", help="draw N samples from a trained network")
+    modes.add_argument(
+        "--evaluate",
+        type=int,
+        nargs="?",
+        const=256,
+        metavar="N",
+        help="print the likelihood bound of N held-out images in bits/dim (default: 256)",
+    )
+    modes.add_argument("--export", metavar="FOLDER", help="write a trained network as a folder that diffusers loads")
+
+
+def add_resume(parser):
+    names = " ".join(as_flag(name) for name in MODES["train --resume"])
+    parser.add_argument("--resume", action="store_true", help=f"continue a run; takes only {names}")
+
+
+def new_parser(**settings):
+    """An argument parser that leaves out what is not given and reports an error in one line."""
+    parser = argparse.ArgumentParser(
+        "ddpm.py",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        **settings,
+    )
+    parser.error = lambda message: parser.exit(2, f"ddpm.py: error: {message}\n")
+    return parser
+
+
+def help_text(arguments):
+    """What --help prints: the options of the mode that is among the arguments, or else the modes."""
+    flags = [argument.split("=")[0] for argument in arguments]
+    for mode, usage in USAGE.items():
+        if as_flag(mode) in flags:
+            parser = new_parser(usage=f"python ddpm.py {usage}")
+            if mode == "train":
+                add_resume(parser)
+            for field in MODES[mode].values():
+                add_option(parser, field)
+            return parser.format_help()
+    parser = new_parser(
+        usage="python ddpm.py " + " | ".join(USAGE.values()),
+        description="Train a DDPM, draw samples from it, evaluate it, export it.",
+        epilog="python ddpm.py --train --help shows the options of --train, and so on for each.",
+    )
+    add_modes(parser)
+    return parser.format_help()
+
+
+def parse(arguments):
+    """Returns the mode of a command line, and a dict of what was given. Exits for --help, an unknown flag, and a flag
+    that the mode does not take."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(arguments), end="")
+        sys.exit(0)
+    parser = new_parser()
+    add_modes(parser)
+    add_resume(parser)
+    options = {name: field for fields in MODES.values() for name, field in fields.items()}
+    for field in options.values():
+        add_option(parser, field)
     given = vars(parser.parse_args(arguments))
+
     mode = next((name for name in MODES if name in given), None)
-    if not mode:                                                           # said last, so that a misspelt flag is named
-        parser.error("one of --train, --sample N and --evaluate is required")
+    if mode is None:  # reported last, so that a misspelt flag is named
+        parser.error("one of --train, --sample N, --evaluate and --export FOLDER is required; see --help")
+    allowed = {mode}
     if mode == "train" and "resume" in given:
         mode = "train --resume"
+        allowed.add("resume")
+    allowed.update(MODES[mode])
     for name in given:
-        if name not in MODES[mode]:
-            parser.error(f"--{name.replace('_', '-')} does not go with --{mode}")
+        if name not in allowed:
+            parser.error(f"{as_flag(name)} does not go with --{mode}")
     return mode, given
 
 
 def find_run(given):
-    """The run's folder that --out or --data names, or the newest."""
-    if "out" in given or "data" in given:
-        return given.get("out") or preset(given["data"]).out
-    checkpoints = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    """The folder of the run that --out or --data names, or else of the newest."""
+    if "out" in given:
+        return given["out"]
+    if "data" in given:
+        return preset(given["data"]).out
+    checkpoints = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not checkpoints:
         raise ValueError("no run in runs/ yet: python ddpm.py --train makes one, --out names one elsewhere")
     return str(checkpoints[-1].parent)
 
 
+def given_machine(given):
+    return {name: given[name] for name in MACHINE if name in given}
+
+
 def run_train(given):
-    """--train, anew or from published weights, or --resume."""
-    given.pop("train")
-    if given.pop("resume", False):
+    """--train: a new run, from published weights if --weights names them, or with --resume an old one."""
+    settings = {name: value for name, value in given.items() if name not in ("train", "resume")}
+    if "resume" in given:
         checkpoint = read_checkpoint(find_run(given))
-        given.pop("data", None)
-        config = dataclasses.replace(checkpoint["config"], **given)
+        settings.pop("data", None)
+        config = dataclasses.replace(checkpoint["config"], **settings)
         if checkpoint["step"] >= config.steps:
-            raise ValueError(f"{config.out} has its {checkpoint['step']:,} steps already: --steps N goes on to N")
+            raise ValueError(
+                f"{config.out} has its {checkpoint['step']:,} steps already: --steps N continues to step N"
+            )
         out = train(config, checkpoint)
     else:
-        shape = {**load_published(given["weights"])[1], "conditional": False} if "weights" in given else {}
-        for name in shape:
-            if name in given:
-                raise ValueError(f"--{name.replace('_', '-')} does not go with --weights, which have their own")
-        out = train(preset(**{"data": "digits", **shape, **given}))
-    if rank_and_world_size()[0] == 0:
+        defaults = {"data": "digits"}
+        if "weights" in given:
+            _, shape = load_published(given["weights"])
+            shape["conditional"] = False
+            for name in shape:
+                if name in given:
+                    raise ValueError(f"{as_flag(name)} does not go with --weights, which have their own")
+            defaults.update(shape)
+            defaults.update(published_schedule(given["weights"]))
+        out = train(preset(**{**defaults, **settings}))
+    rank, _ = rank_and_world_size()
+    if rank == 0:
         print(f"the run is in {out}: checkpoint.pt, log.csv, samples-*.png")
         print(f"next: python ddpm.py --sample 64 --out {out}")
 
 
 def run_sample(given):
-    """--sample: refuse what does not fit the run, then draw."""
-    machine = [given.get(name) for name in MACHINE]
-    if "weights" in given:
-        if "data" in given:
-            raise ValueError("--data does not go with --weights, which are no run of a data set")
-        run = Run.of_weights(given["weights"], given.get("out"), *machine)
+    """--sample, from a run or from published weights."""
+    if given.get("sampler") == "ddpm" and "eta" in given:
+        raise ValueError(f"--eta {given['eta']} is DDIM's: --sampler ddpm has the variance that it was trained with")
+    if "weights" not in given:
+        run = Run.read(find_run(given), **given_machine(given))
+    elif "data" in given:
+        raise ValueError("--data does not go with --weights, which are no run of a data set")
     else:
-        run = Run.read(find_run(given), *machine)
-    how = {name: value for name, value in given.items() if name not in ("sample", "weights", *RUN)}
-    guidance, label, classes = how.get("guidance", 0.0), how.get("label"), run.model.num_classes
-    if how.get("sampler") == "ddpm" and "eta" in how:
-        raise ValueError(f"--eta {how['eta']} is DDIM's: --sampler ddpm has the variance that it was trained with")
-    if not math.isfinite(guidance):
-        raise ValueError(f"--guidance must be finite, got {guidance}")
-    if not classes and (label is not None or guidance):
-        raise ValueError(f"--label and --guidance need a network that learned labels; that in {run.config.out} did not")
-    if how.get("unconditional") and (label is not None or guidance):
-        raise ValueError("--unconditional goes with neither --label nor --guidance")
-    if label is not None and not 0 <= label < classes:
-        raise ValueError(f"--label must lie in 0…{classes - 1}, got {label}")
-    for path in sample(run, given["sample"], **how):
+        run = Run.of_weights(given["weights"], given.get("out"), **given_machine(given))
+    options = {name: value for name, value in given.items() if name in options_of(Sampling)}
+    for path in sample(run, given["sample"], given.get("seed", 0), **options):
         print(path)
 
 
+def run_evaluate(given):
+    """--evaluate."""
+    run = Run.read(find_run(given), **given_machine(given))
+    evaluate(run, given["evaluate"], given.get("seed", 0))
+
+
+def run_export(given):
+    """--export."""
+    checkpoint = read_checkpoint(find_run(given))
+    export(checkpoint, given["export"])
+    print(f"exported; in diffusers: UNet2DModel.from_pretrained({given['export']!r})")
+
+
 def main(arguments=None):
-    """What the user can put right ends in one line and status 2, an interruption in one line and status 130."""
-    mode, given = parse(arguments)
+    """Run the command line. User errors end with one line and exit status 2, interruptions with status 130."""
+    mode, given = parse(sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
     try:
         if not 0 <= given.get("seed", 0) < 2**32:
@@ -1317,19 +2144,24 @@ def main(arguments=None):
         if mode == "sample":
             run_sample(given)
         elif mode == "evaluate":
-            run = Run.read(find_run(given), *[given.get(name) for name in MACHINE])
-            evaluate(run, given["evaluate"], given.get("seed", 0))
+            run_evaluate(given)
+        elif mode == "export":
+            run_export(given)
         else:
             run_train(given)
         return
     except (ValueError, OSError) as error:
-        status, line = 2, f"error: {error}"
+        status = 2
+        line = f"error: {error}"
     except KeyboardInterrupt as interruption:
-        status, line = 130, interruption or "interrupted"
+        status = 130
+        line = interruption or "interrupted"
     except torch.OutOfMemoryError as error:
-        status, line = 2, f"error: {str(error).split('. ')[0]}; a smaller --batch-size or --sampling-batch needs less"
+        status = 2
+        line = f"error: {str(error).split('. ')[0]}; a smaller --batch-size or --sampling-batch needs less"
     except torch._dynamo.exc.TorchDynamoException as error:
-        status, line = 2, f"error: torch.compile fails ({in_one_line(error)}); --no-compile does without"
+        status = 2
+        line = f"error: torch.compile fails ({in_one_line(error)}); --no-compile does without"
     print(f"ddpm.py: {line}", file=sys.stderr)
     sys.exit(status)
 
