@@ -1,7 +1,6 @@
 """DDPM in one file: Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020), with DDIM, guidance and a U-Net.
 
 Read it beside the paper, from top to bottom. Sections 1 to 6 are the paper; the rest is plumbing.
-
     1 noise schedules     2 diffusion           3 guidance     4 network     5 training: Algorithm 1     6 sampling
     7 data     8 configuration     9 files and devices     10 published weights     11 command line
 
@@ -60,8 +59,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def extract(coefficients, t, x):
-    """The coefficients (T,) at timesteps t, shaped (B, 1, …, 1) so that they broadcast against x (B, …).
-    An int t gives one number for the whole batch."""
+    """The coefficients (T,) at timesteps t (B,), shaped (B, 1, …, 1), or at an int t, to broadcast against x (B, …)."""
     return broadcast(coefficients[t], x)
 
 
@@ -70,15 +68,12 @@ class GaussianDiffusion(nn.Module):
 
     A model is any callable model(x_t, t) that returns ε_θ, shaped like x_t; it receives t as int64 (B,). With a learned
     variance it returns ε_θ and v, concatenated along the channels.
-
     variance is σ_t² of p_θ (§3.2): "fixed_large" is β_t, optimal if x_0 ~ N(0, I); "fixed_small" is β̃_t, optimal if
     x_0 is a single point; "learned_range" interpolates between their logarithms with v (Improved DDPM Eq. 15).
     loss is "simple" (Eq. 14; with a learned variance L_hybrid, Improved DDPM Eq. 16) or "bound" (Eq. 5).
-
     Coefficients are computed in float64 and stored in dtype, as buffers that are not part of the state dict.
     Raises ValueError unless 0 < β_t < 1. Warns if √ᾱ_T > 0.05: x_T then still contains x_0, so that sampling from
-    N(0, I) starts from the wrong distribution.
-    """
+    N(0, I) starts from the wrong distribution."""
 
     def __init__(self, betas, variance="fixed_large", loss="simple", dtype=torch.float32):
         super().__init__()
@@ -103,15 +98,11 @@ class GaussianDiffusion(nn.Module):
         positive_variance = posterior_variance.clone()
         positive_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
 
-        signal_left = alphas_cumprod[-1].sqrt()
-        if signal_left > 0.05:
-            warnings.warn(
-                f"√ᾱ_T = {signal_left:.3f}: x_T still contains that much of x_0, so sampling from pure noise starts "
-                "from the wrong distribution; use more or larger betas, until √ᾱ_T is below 0.05",
-                stacklevel=2,
-            )
+        left = alphas_cumprod[-1].sqrt()
+        if left > 0.05:
+            warnings.warn(f"√ᾱ_T = {left:.3f} of x_0 is left in x_T; more or larger betas make it < 0.05", stacklevel=2)
 
-        # Everything the formulas below multiply with, each indexed by t.
+        # The coefficients of the formulas below, each indexed by t.
         def register(name, coefficient):
             self.register_buffer(name, coefficient.to(dtype), persistent=False)
 
@@ -127,7 +118,6 @@ class GaussianDiffusion(nn.Module):
         self._alphas_cumprod = alphas_cumprod.tolist()
 
     # -- Forward process --
-
     def q_sample(self, x_start, t, noise=None):
         """Sample x_t ~ q(x_t|x_0) in one step: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Eq. 4)."""
         noise = torch.randn_like(x_start) if noise is None else noise
@@ -137,21 +127,15 @@ class GaussianDiffusion(nn.Module):
 
     def q_posterior(self, x_start, x_t, t):
         """Returns mean, variance and log variance of q(x_{t−1}|x_t, x_0) (Eq. 6, 7):
-
-            μ̃_t = √ᾱ_{t−1} β_t/(1−ᾱ_t) · x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) · x_t,   β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) · β_t.
-
+        μ̃_t = √ᾱ_{t−1} β_t/(1−ᾱ_t) · x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) · x_t and β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) · β_t.
         At code t = 0 the variance is 0, and its logarithm is replaced by that of t = 1."""
         self._check(x_t, t, x_start)
         mean = extract(self.posterior_mean_x_start, t, x_t) * x_start + extract(self.posterior_mean_x_t, t, x_t) * x_t
-        variance = extract(self.posterior_variance, t, x_t)
-        log_variance = extract(self.posterior_log_variance, t, x_t)
-        return mean, variance, log_variance
+        return mean, extract(self.posterior_variance, t, x_t), extract(self.posterior_log_variance, t, x_t)
 
     # -- Training loss --
-
     def p_losses(self, model, x_start, t, noise=None):
         """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14).
-
         A learned variance adds 0.001 L_vlb, with no gradient through ε_θ, so that the bound trains v only (L_hybrid,
         Improved DDPM Eq. 16). loss="bound" is L itself in bits/dim, without the constant L_T (Eq. 5); for t > 1 it
         weights L_simple as in Eq. 12. Both bounds are unbiased only if t is drawn uniformly."""
@@ -169,7 +153,6 @@ class GaussianDiffusion(nn.Module):
         return loss
 
     # -- Reverse process --
-
     def predict_x_start(self, x_t, t, noise):
         """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ) / √ᾱ_t (Eq. 15): Eq. 4 solved for x_0."""
         self._check(x_t, t, noise)
@@ -184,7 +167,6 @@ class GaussianDiffusion(nn.Module):
 
     def p_mean_variance(self, model, x_t, t, clip_denoised=True):
         """Returns μ_θ, σ_t² and log σ_t² of p_θ(x_{t−1}|x_t), and x̂_0. The mean is μ_θ = μ̃_t(x_t, x̂_0) (Eq. 11).
-
         Without the clamp this is exactly Algorithm 2's (x_t − β_t/√(1−ᾱ_t) ε_θ) / √α_t. clip_denoised first clamps x̂_0
         to [−1, 1], as the authors' code does although the paper does not say so: no image lies outside, and early in
         sampling, where 1/√ᾱ_t magnifies every error of ε_θ, the clamp keeps colours from saturating."""
@@ -209,9 +191,8 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def p_sample(self, model, x_t, t, clip_denoised=True, noise=None, generator=None):
         """One step of Algorithm 2: x_{t−1} = μ_θ(x_t, t) + σ_t z with z ~ N(0, I), but z = 0 at the last step."""
-        self._check(x_t, t, noise)
         mean, variance, _, _ = self.p_mean_variance(model, x_t, t, clip_denoised)
-        z = randn(x_t.shape, x_t, generator) if noise is None else noise
+        z = noise_like(x_t, x_t.shape, generator, noise)
         return mean + broadcast(t > 0, x_t) * variance.sqrt() * z
 
     @torch.no_grad()
@@ -224,18 +205,17 @@ class GaussianDiffusion(nn.Module):
 
     def p_sample_loop(self, model, shape, clip_denoised=True, noise=None, generator=None):
         """Algorithm 2: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = self._start(shape, noise, generator)
+        x_t = noise_like(self.betas, shape, generator, noise)
         return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
     def interpolate(self, model, x_start_a, x_start_b, t, weight, noise=None, generator=None):
         """Diffuse two images to the same t, mix them, (1−λ) x_t + λ x'_t with λ = weight, and denoise from t (Fig. 8).
         Both get the same noise, so that the mixture has the noise level of t for every λ."""
-        noise = randn(x_start_a.shape, x_start_a, generator) if noise is None else noise
+        noise = noise_like(x_start_a, x_start_a.shape, generator, noise)
         x_t = (1 - weight) * self.q_sample(x_start_a, t, noise) + weight * self.q_sample(x_start_b, t, noise)
         return last(self.p_sample_steps(model, x_t, t, generator=generator))
 
     # -- Fewer steps: DDIM and respacing --
-
     def ddim_timesteps(self, steps):
         """S = steps of the T timesteps, evenly spaced, in decreasing order from T−1 ("trailing", Lin et al., 2023):
         only at T−1 does the network expect pure noise. Returns a list of ints."""
@@ -250,12 +230,14 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
         """One step of DDIM from t to any s = prev_t < t, both ints; s = −1 denotes x_0 (DDIM Eq. 12, 16):
-
-            x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z,   σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s).
-
+        x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z with σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s).
         η = 0 is deterministic; η = 1 over all T steps is Algorithm 2 with σ_t² = β̃_t. If x̂_0 is clamped, ε_θ is
         recomputed from it, so that Eq. 4 still gives x_t."""
-        self._check_ddim(x_t, t, prev_t, eta, noise)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in 0…1, got {eta}")
+        self._check(x_t, t, noise)
+        if torch.is_tensor(t) or torch.is_tensor(prev_t) or not -1 <= prev_t < t:
+            raise ValueError(f"t and prev_t must be ints, prev_t in -1…t-1, got prev_t={prev_t} with t={t}")
         predicted_noise, _ = self._predict(model, x_t, t)
         pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
@@ -267,8 +249,7 @@ class GaussianDiffusion(nn.Module):
         sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
         x_s = math.sqrt(alpha_bar_s) * pred_x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * predicted_noise
         if eta > 0:
-            z = randn(x_t.shape, x_t, generator) if noise is None else noise
-            x_s = x_s + sigma * z
+            x_s = x_s + sigma * noise_like(x_t, x_t.shape, generator, noise)
         return x_s
 
     @torch.no_grad()
@@ -281,14 +262,13 @@ class GaussianDiffusion(nn.Module):
 
     def ddim_sample_loop(self, model, shape, steps, eta=0.0, clip_denoised=True, noise=None, generator=None):
         """DDIM in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = self._start(shape, noise, generator)
+        x_t = noise_like(self.betas, shape, generator, noise)
         return last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
 
     def respace(self, model, steps):
         """Algorithm 2 in S = steps steps (Improved DDPM §4). Returns a diffusion over ddim_timesteps(S) only, whose
         β' = 1 − ᾱ_t/ᾱ_s for neighbours s < t, and the model for it, which sees the original t."""
-        timesteps = self.ddim_timesteps(steps)
-        timesteps.reverse()
+        timesteps = self.ddim_timesteps(steps)[::-1]
         alphas_cumprod = torch.tensor([self._alpha_bar(t) for t in timesteps], dtype=torch.float64)
         betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
         diffusion = GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype)
@@ -296,48 +276,42 @@ class GaussianDiffusion(nn.Module):
         return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
 
     # -- Likelihood and score --
-
     def bound_term(self, x_start, x_t, t, predicted_noise, v, clip_denoised=False):
         """The term of Eq. 5 at t, estimated from x_t and the prediction for it. Returns it in bits/dim (B,), and x̂_0.
-
-        L_{t−1} is the KL divergence of p_θ(x_{t−1}|x_t) from q(x_{t−1}|x_t, x_0), for a fixed σ_t² that of Eq. 8, 9
-        and 10; at code t = 0 the term is L_0 = −log p_θ(x_0|x_1) (Eq. 13)."""
+        L_{t−1} is KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), which for a fixed σ_t² is Eq. 8, 9 and 10; at code t = 0
+        the term is L_0 = −log p_θ(x_0|x_1) (Eq. 13)."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         mean, _, log_variance, pred_x_start = self._mean_variance(x_t, t, predicted_noise, v, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
         decoder = -discretized_gaussian_log_likelihood(x_start, mean, log_variance)
         is_first = broadcast(torch.as_tensor(t == 0, device=x_t.device), x_t)
-        return mean_bits(torch.where(is_first, decoder, kl)), pred_x_start
+        term = torch.where(is_first, decoder, kl)
+        return term.flatten(1).mean(1) / math.log(2), pred_x_start
 
     @torch.no_grad()
     def bits_per_dim(self, model, x_start, clip_denoised=True, generator=None):
         """The bound on −log₂ p(x_0) (Eq. 3) in bits/dim, term by term (Eq. 5, 13), with one sample of ε for each t.
-
         Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), whose column i is code t = i + 1, and
         "L_0" (B,); "squared_error" (B, T) is that of x̂_0 at code t on the [−1, 1] scale, as drawn in Fig. 5.
         x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data."""
         terms = []
         squared_errors = []
         for t in range(self.timesteps):
-            x_t = self.q_sample(x_start, t, randn(x_start.shape, x_start, generator))
-            self._check(x_t, t)
+            x_t = self.q_sample(x_start, t, noise_like(x_start, x_start.shape, generator))
             predicted_noise, v = self._predict(model, x_t, t)
             term, pred_x_start = self.bound_term(x_start, x_t, t, predicted_noise, v, clip_denoised)
             terms.append(term)
             squared_errors.append((pred_x_start - x_start).square().flatten(1).mean(1))
         terms = torch.stack(terms, dim=1)
 
-        # L_T is the KL divergence of p(x_T) = N(0, I) from q(x_T|x_0) (Eq. 4).
+        # L_T = KL(q(x_T|x_0) ‖ N(0, I))
         mean = self.sqrt_alphas_cumprod[-1] * x_start
         log_variance = self.sqrt_one_minus_alphas_cumprod[-1].square().log()
-        prior = mean_bits(normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance)))
-        return {
-            "total": prior + terms.sum(1),
-            "L_T": prior,
-            "L_{t-1}": terms[:, 1:],
-            "L_0": terms[:, 0],
-            "squared_error": torch.stack(squared_errors, dim=1),
-        }
+        kl = normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance))
+        prior = kl.flatten(1).mean(1) / math.log(2)
+        bits = {"L_T": prior, "L_{t-1}": terms[:, 1:], "L_0": terms[:, 0], "total": prior + terms.sum(1)}
+        bits["squared_error"] = torch.stack(squared_errors, dim=1)
+        return bits
 
     def score(self, model, x_t, t):
         """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t): ε_θ is the score, up to a factor (§3.2)."""
@@ -346,29 +320,16 @@ class GaussianDiffusion(nn.Module):
         return -predicted_noise / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
 
     # -- Calling the model, and argument checks --
-
     def _predict(self, model, x_t, t):
         """Returns ε_θ(x_t, t), and v (None if the variance is fixed), in x_t's dtype."""
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
-        channels = x_t.shape[1]
-        output_channels = 2 * channels if self.variance_type == "learned_range" else channels
         prediction = model(x_t, t).to(x_t.dtype)
-        if prediction.shape != (len(x_t), output_channels, *x_t.shape[2:]):
-            raise ValueError(
-                f"with variance={self.variance_type} and x_t {tuple(x_t.shape)} the model must return "
-                f"{output_channels} channels, got {tuple(prediction.shape)}"
-            )
-        if self.variance_type == "learned_range":
-            return prediction.split(channels, dim=1)
-        return prediction, None
-
-    def _start(self, shape, noise, generator):
-        """x_T ~ N(0, I) of the given shape, or the given noise."""
-        if noise is None:
-            return randn(shape, self.betas, generator)
-        if noise.shape != torch.Size(shape):
-            raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
-        return noise
+        parts = 2 if self.variance_type == "learned_range" else 1
+        channels = parts * x_t.shape[1]
+        if prediction.shape != (len(x_t), channels, *x_t.shape[2:]):
+            inputs = f"with variance={self.variance_type} and x_t {tuple(x_t.shape)}"
+            raise ValueError(f"{inputs} the model must return {channels} channels, got {tuple(prediction.shape)}")
+        return prediction.chunk(2, dim=1) if parts == 2 else (prediction, None)
 
     def _check(self, x, t, *others):
         """Raise ValueError for what PyTorch would accept silently: shapes that broadcast, negative t."""
@@ -381,20 +342,10 @@ class GaussianDiffusion(nn.Module):
             in_range = 0 <= t < self.timesteps
         elif t.shape != x.shape[:1] or t.dtype != torch.int64:
             raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
-        else:
-            # On a GPU the check of the values would force a synchronisation.
+        else:  # on a GPU, reading the values would force a synchronisation
             in_range = t.device.type != "cpu" or ((0 <= t) & (t < self.timesteps)).all()
         if not in_range:
             raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
-
-    def _check_ddim(self, x_t, t, prev_t, eta, noise):
-        if torch.is_tensor(t) or torch.is_tensor(prev_t):
-            raise ValueError(f"t and prev_t must be ints in DDIM, got t={t} and prev_t={prev_t}")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in 0…1, got {eta}")
-        self._check(x_t, t, noise)
-        if not -1 <= prev_t < t:
-            raise ValueError(f"prev_t must lie in -1…t-1, got prev_t={prev_t} with t={t}")
 
 
 def normal_kl(mean1, log_variance1, mean2, log_variance2):
@@ -412,46 +363,18 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
     lower = (x - 1 / 255 - mean) / sigma
 
     # log Φ is accurate in the left tail only, so bins right of the mean are mirrored: Φ(b) − Φ(a) = Φ(−a) − Φ(−b).
-    near = torch.where(x < mean, upper, -lower)
-    far = torch.where(x < mean, lower, -upper)
-    log_near = torch.special.log_ndtr(near)
-    log_far = torch.special.log_ndtr(far)
+    log_near = torch.special.log_ndtr(torch.where(x < mean, upper, -lower))
+    log_far = torch.special.log_ndtr(torch.where(x < mean, lower, -upper))
     inside = log_near + torch.log(-torch.expm1(log_far - log_near))
-
     at_the_ends = torch.special.log_ndtr(torch.where(x < 0, upper, -lower))
     return torch.where(x.abs() > 0.999, at_the_ends, inside)
-
-
-def mean_bits(nats):
-    """The mean over all but the first dimension, in bits."""
-    return nats.flatten(1).mean(1) / math.log(2)
-
-
-def broadcast(values, x):
-    """values (B,) as (B, 1, …, 1), to broadcast against x (B, …); a single number stays one."""
-    if not torch.is_tensor(values) or values.dim() == 0:
-        return values
-    return values.reshape(-1, *[1] * (x.dim() - 1))
-
-
-def randn(shape, like, generator):
-    """A sample of N(0, I) with the dtype and device of like."""
-    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def last(iterable):
-    """The last item of an iterable, such as x_0 of a sampler that is a generator."""
-    for item in iterable:
-        result = item
-    return result
 
 
 # ---- 3. Guidance -----------------------------------------------------------------------------------------------------
 
 
 def classifier_free_guidance(model, labels, scale):
-    """ε̃ = (1 + w) ε_θ(x_t, c) − w ε_θ(x_t) with w = scale (Ho & Salimans, 2022). Returns a model(x_t, t) for any
-    sampler.
+    """ε̃ = (1 + w) ε_θ(x_t, c) − w ε_θ(x_t), w = scale (Ho & Salimans, 2022). Returns a model(x_t, t) for any sampler.
 
     labels is int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; both halves run as one batch.
     w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. A learned variance is that of the
@@ -476,8 +399,7 @@ def classifier_free_guidance(model, labels, scale):
 
 
 # ---- 4. Network ------------------------------------------------------------------------------------------------------
-# The paper's U-Net (appendix B). Modules have the names of the published weights, those of diffusers' UNet2DModel, so
-# that weights can be exchanged (section 10).
+# The paper's U-Net (appendix B). Its modules have the names of the published weights, diffusers' (section 10).
 
 
 class GroupNorm(nn.GroupNorm):
@@ -510,18 +432,6 @@ class SinusoidalPositionEmbeddings(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class TimeEmbedding(nn.Module):
-    """Two linear layers after the sinusoidal embedding."""
-
-    def __init__(self, dim, time_dim):
-        super().__init__()
-        self.linear_1 = nn.Linear(dim, time_dim)
-        self.linear_2 = nn.Linear(time_dim, time_dim)
-
-    def forward(self, position):
-        return self.linear_2(F.silu(self.linear_1(position)))
-
-
 class ResidualBlock(nn.Module):
     """Two convolutions with a residual connection; the time embedding is added between them."""
 
@@ -533,9 +443,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = GroupNorm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.conv_shortcut = nn.Identity()
-        if in_channels != out_channels:
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -557,12 +465,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).mT  # (B, HW, C)
-        q = self.to_q(h)
-        k = self.to_k(h)
-        v = self.to_v(h)
         # Plain products: F.scaled_dot_product_attention is slower in bfloat16 at these small sizes.
-        weights = (q / math.sqrt(q.shape[2])) @ k.mT  # (B, HW, HW)
-        h = self.to_out(weights.softmax(2) @ v)
+        similarity = (self.to_q(h) / math.sqrt(h.shape[2])) @ self.to_k(h).mT  # (B, HW, HW)
+        h = self.to_out(similarity.softmax(2) @ self.to_v(h))
         return x + h.mT.reshape(x.shape)
 
 
@@ -606,49 +511,39 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
 
-    image_channels: channels of x
-    dim: channels at full resolution, a multiple of 4
-    dim_mults: channels of each level, in multiples of dim; each level has half the size of the one before
-    num_res_blocks: residual blocks of a level on the way down; there is one more on the way up
-    attn_resolutions: sizes at which residual blocks are followed by attention; if not empty, so is the middle
-    image_size: height and width; a multiple of 2^(number of levels − 1)
-    dropout: dropout probability in the residual blocks
-    time_dim: width of the time embedding (default: 4 dim)
-    num_classes: number of labels y, int64 (B,) in 0…num_classes; num_classes itself, or y = None, means "no label"
-    learned_variance: double the output channels, for v
-
     Norms have the paper's 32 groups if dim ≥ 128, else dim/16: on a CPU, groups of fewer than 16 channels take twice as
-    long. Raises ValueError if image_size or dim is not such a multiple."""
+    long. Raises ValueError for an image_size or dim that is not such a multiple."""
 
     def __init__(
         self,
         image_channels=3,
-        dim=128,
-        dim_mults=(1, 2, 2, 2),
-        num_res_blocks=2,
-        attn_resolutions=(16,),
-        image_size=32,
-        dropout=0.1,
-        time_dim=None,
-        num_classes=None,
-        learned_variance=False,
+        dim=128,  # channels at full resolution, a multiple of 4
+        dim_mults=(1, 2, 2, 2),  # channels of each level, in multiples of dim; each level halves the size
+        num_res_blocks=2,  # per level on the way down; there is one more on the way up
+        attn_resolutions=(16,),  # sizes at which attention follows each residual block; if any, also in the middle
+        image_size=32,  # height and width, a multiple of 2^(number of levels − 1)
+        dropout=0.1,  # in the residual blocks
+        time_dim=None,  # width of the time embedding (default: 4 dim)
+        num_classes=None,  # labels y are int64 (B,); num_classes itself, or y = None, means "no label"
+        learned_variance=False,  # twice the output channels, for v
     ):
         super().__init__()
         self.image_channels = image_channels
         self.num_classes = num_classes
         self.halvings = len(dim_mults) - 1
         if image_size < 1 or image_size % 2**self.halvings:
-            raise ValueError(
-                f"image_size {image_size} can't be halved {self.halvings} times, as the {len(dim_mults)} levels of "
-                f"dim_mults {tuple(dim_mults)} require: it must be a multiple of {2**self.halvings}"
-            )
+            needed = f"as dim_mults {tuple(dim_mults)} needs: it must be a multiple of {2**self.halvings}"
+            raise ValueError(f"image_size {image_size} can't be halved {self.halvings} times, {needed}")
         if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a multiple of 4, got {dim}")
 
         # Time and label
         time_dim = time_dim or 4 * dim
         self.position = SinusoidalPositionEmbeddings(dim)
-        self.time_embedding = TimeEmbedding(dim, time_dim)
+        self.time_embedding = nn.Sequential()
+        self.time_embedding.add_module("linear_1", nn.Linear(dim, time_dim))
+        self.time_embedding.add_module("silu", nn.SiLU())
+        self.time_embedding.add_module("linear_2", nn.Linear(time_dim, time_dim))
         self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
         # Down: skips lists the channels of every output that the way up will concatenate.
@@ -689,12 +584,16 @@ class UNet(nn.Module):
             self.up_blocks.append(block)
 
         # Out
-        out_channels = 2 * image_channels if learned_variance else image_channels
         self.conv_norm_out = GroupNorm(channels, groups)
-        self.conv_out = zero(nn.Conv2d(channels, out_channels, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(channels, image_channels * (2 if learned_variance else 1), 3, padding=1))
 
     def forward(self, x, t, y=None):
-        self._check(x, y)
+        multiple = 2**self.halvings
+        if x.dim() != 4 or x.shape[1] != self.image_channels or any(n % multiple for n in x.shape[2:]):
+            needed = f"(B, {self.image_channels}, H, W), H and W multiples of {multiple}"
+            raise ValueError(f"x must be {needed}, got {tuple(x.shape)}")
+        if y is not None and self.class_embedding is None:
+            raise ValueError("labels given to a network that was built without num_classes")
 
         # Time and label
         emb = self.time_embedding(self.position(t).to(x.dtype))
@@ -727,76 +626,45 @@ class UNet(nn.Module):
 
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
-    def _check(self, x, y):
-        multiple = 2**self.halvings
-        if x.dim() != 4 or x.shape[1] != self.image_channels or any(n % multiple for n in x.shape[2:]):
-            raise ValueError(
-                f"x must be (B, {self.image_channels}, H, W), H and W multiples of {multiple}, got {tuple(x.shape)}"
-            )
-        if y is not None and self.class_embedding is None:
-            raise ValueError("labels given to a network that was built without num_classes")
-
 
 # ---- 5. Training: Algorithm 1 ----------------------------------------------------------------------------------------
 
 
 def train(config, checkpoint=None, watch=None):
     """Algorithm 1, with Adam, an average of the weights (EMA), a log and checkpoints. Returns the run's folder.
-
     checkpoint, from read_checkpoint, resumes a run. watch(run, step) is called every config.sample_every steps and at
     the end (default: Run.grid). Under torchrun, each process computes its share of every batch and rank 0 writes."""
-    # Data, network, optimizer
-    rank, _ = rank_and_world_size()
-    batch_size = batch_size_of_process(config)
-    device = pick_device(config.device)
-    images, labels, num_classes = load_training_data(config, device)
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, diffusion = build(config, images.shape[1], num_classes)
-    if config.weights and checkpoint is None:
-        load_initial_weights(model, config)
-    model = model.to(device, memory_format=torch.channels_last)
-    diffusion = diffusion.to(device)
-    ema = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
-
-    # Checkpoint, run folder, processes, compilation
-    state = TrainingState(config, model, ema, optimizer, scheduler)
-    first_step = state.restore(checkpoint)
-    if rank == 0:
-        start_folder(Path(config.out), first_step)
-        announce(config, first_step, len(images), model, device)
-    network, control = share_between_processes(model, device)
-    network = maybe_compile(config, device, network)
-
-    log = TrainingLog(config, control)
-    stopped = False
-    with record_signals() as signals, training_bar(config, first_step) as bar:
-        for step in range(first_step, config.steps):
+    # Set-up
+    rank, world_size = rank_and_world_size()
+    images, labels, num_classes, state, diffusion = prepare_training(config, checkpoint)
+    network, log = start_training(config, state, images)
+    with record_signals() as signals, training_bar(config, state.step) as bar:
+        for step in range(state.step, config.steps):
             torch.manual_seed(derive_seed(config.seed, "training", step, rank))  # a step depends on these alone
-            chosen = torch.randint(len(images), (batch_size,), device=device)
+            chosen = torch.randint(len(images), (config.batch_size // world_size,), device=images.device)
             y = labels[chosen] if num_classes else None
 
             # Algorithm 1
             # fmt: off
-            x_start = to_model(images[chosen])                                             # x_0 ~ q(x_0)
-            t = torch.randint(diffusion.timesteps, (batch_size,), device=device)           # t ~ Uniform({1, …, T})
-            noise = torch.randn_like(x_start)                                              # ε ~ N(0, I)
+            x_start = to_model(images[chosen])                                                 # x_0 ~ q(x_0)
+            t = torch.randint(diffusion.timesteps, (len(chosen),), device=images.device)       # t ~ Uniform({1, …, T})
+            noise = torch.randn_like(x_start)                                                  # ε ~ N(0, I)
             loss = training_loss(network, diffusion, config, x_start, t, noise, y, num_classes)
-            loss.backward()                                                                # ∇_θ ‖ε − ε_θ(x_t, t)‖²
+            loss.backward()                                                                    # ∇_θ ‖ε − ε_θ(x_t, t)‖²
             # fmt: on
 
-            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            ema_update(ema, model, step, config.ema_decay)
+            # Adam's step, and the average of the weights
+            gradient_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.scheduler.step()
+            ema_update(state.ema, state.model, step, config.ema_decay)
 
             # Log, checkpoint, samples
             done = step + 1
             bar.update(config.batch_size)
             log.add(loss, gradient_norm)
-            stopped = any_process_received(signals, control)
+            stopped = any_process_received(signals, log.control)
             save = stopped or done == config.steps or done % config.checkpoint_every == 0
             if save or done % config.log_every == 0:
                 bar.set_postfix(loss=f"{log.write(done):.4f}")
@@ -805,28 +673,70 @@ def train(config, checkpoint=None, watch=None):
             if stopped:
                 break
             if rank == 0 and (done == config.steps or done % config.sample_every == 0):
-                (watch or Run.grid)(Run(config, ema, diffusion), done)
+                (watch or Run.grid)(Run(config, state.ema, diffusion), done)
                 log.restart_clock()
 
+    # The end, or an interruption
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped and rank == 0 and done < config.steps:
-        raise KeyboardInterrupt(
-            f"stopped after step {done:,}; {config.out}/checkpoint.pt holds it; resume with: "
-            f"python ddpm.py --train --resume --out {config.out}"
-        )
+        saved = f"stopped after step {done:,}; {config.out}/checkpoint.pt holds it"
+        raise KeyboardInterrupt(f"{saved}; resume with: python ddpm.py --train --resume --out {config.out}")
     return Path(config.out)
+
+
+def prepare_training(config, checkpoint):
+    """Returns images, labels and the number of classes to train on, the state to train, and the diffusion."""
+    _, world_size = rank_and_world_size()
+    if config.batch_size % world_size:
+        raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world_size} processes sharing it")
+
+    # Data, network, diffusion
+    device = pick_device(config.device)
+    images, labels, num_classes = load_training_data(config, device)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model, diffusion = build(config, images.shape[1], num_classes)
+    if config.weights and checkpoint is None:
+        load_initial_weights(model, config)
+    model = model.to(device, memory_format=torch.channels_last)
+
+    # The average of the weights, Adam, and its learning rate
+    ema = copy.deepcopy(model).eval()
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
+
+    # All of these from a checkpoint, if there is one
+    state = TrainingState(config, model, ema, optimizer, scheduler)
+    if checkpoint is not None:
+        state.restore(checkpoint)
+    return images, labels, num_classes, state, diffusion.to(device)
+
+
+def start_training(config, state, images):
+    """Make the run's folder, join the processes, compile the network. Returns the network to call, and the log."""
+    rank, _ = rank_and_world_size()
+    if rank == 0:
+        start_folder(Path(config.out), state.step)
+        announce(config, state, images)
+    network, control = share_between_processes(state.model, images.device)
+    network = maybe_compile(config, images.device, network)
+    return network, TrainingLog(config, control)
 
 
 def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
     """Eq. 14 for a batch, with random flips if config.flip. y are its labels or None; some of them are replaced by
     no_label, so that the network also learns ε_θ(x_t) without a label, which guidance needs."""
+    # Random flips
     if config.flip:
         flipped = torch.randint(2, (len(x_start),), device=x_start.device).bool()
         x_start = torch.where(broadcast(flipped, x_start), x_start.flip(3), x_start)
+
+    # Hidden labels
     if y is not None:
         hidden = torch.rand(len(y), device=y.device) < config.label_dropout
         y = torch.where(hidden, no_label, y)
+
+    # Eq. 14
     with autocast(config, x_start.device):
         return diffusion.p_losses(functools.partial(network, y=y), x_start, t, noise)
 
@@ -939,6 +849,7 @@ def sample(run, count, seed=0, **options):
 
     Batches are equally large, so that a compiled network sees one shape. Batch i is drawn from (seed, i), so that the
     images do not depend on the number of processes that share the batches."""
+    # Checks, and batches
     options = Sampling(**options)
     check_sampling(options, run)
     if count < 1:
@@ -954,11 +865,13 @@ def sample(run, count, seed=0, **options):
     if labels is not None and options.label is None:
         columns = run.model.num_classes
 
-    # Every process draws its share of the batches; rank 0 writes.
+    # Every process draws its share of the batches
     drawn, frames = draw_batches(run, batches, size, labels, seed, options)
     rank, world_size = rank_and_world_size()
     if world_size > 1:
         drawn = gather_batches(drawn)
+
+    # Rank 0 writes
     if rank > 0:
         return []
     pixels = torch.cat([drawn[i] for i in range(batches)])[:count]
@@ -970,18 +883,12 @@ def draw_batches(run, batches, size, labels, seed, options):
     x_t of batch 0."""
     rank, world_size = rank_and_world_size()
     hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
+    how = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
     drawn = {}
     frames = []
     for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar):
-        trajectory = run.trajectory(
-            size,
-            None if labels is None else labels[i * size : (i + 1) * size],
-            derive_seed(seed, "sampling", i),
-            options.sampler,
-            options.sampling_steps,
-            options.eta,
-            options.guidance,
-        )
+        batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
+        trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling", i), **how)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
             if options.animate and i == 0:
                 frames.append(to_pixels(x_t).cpu())
@@ -993,12 +900,13 @@ def evaluate(run, count, seed=0):
     """Print the bound on −log₂ p(x_0) of count held-out images, term by term (Eq. 5)."""
     if count < 1:
         raise ValueError(f"--evaluate must be at least 1, got {count}")
+    # Held-out images
     images, _ = load_data(run.config.data, run.config.image_size, run.device, split="test")
     if not len(images):
         raise ValueError(f"{run.config.data} has too few images to hold any out from training: it needs at least ten")
     images = images[:count]
 
-    # The terms of all images, in batches of at most 250.
+    # The terms of all images, in batches of at most 250
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
     batches = []
     for pixels in tqdm(images.chunk(math.ceil(len(images) / 250)), unit=" batches", disable=None):
@@ -1006,11 +914,13 @@ def evaluate(run, count, seed=0):
             batches.append(run.diffusion.bits_per_dim(run.model, to_model(pixels), generator=generator))
     bits = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
-    # Means and standard errors; rate and distortion as in §4.3.
+    # Rate and distortion (§4.3), and the root mean square error of x̂_0 at t = 0 in grey levels
     middle = bits["L_{t-1}"].sum(1)
     rate = bits["L_T"] + middle
     rmse = 127.5 * bits["squared_error"][:, 0].mean().sqrt()
     terms = {"L_T": bits["L_T"], "L_1 … L_{T-1}": middle, "L_0": bits["L_0"], "total: NLL ≤": bits["total"]}
+
+    # The table: mean ± standard error
     print(f"{len(images)} held-out images of {run.config.data}, in bits/dim:")
     for name, value in terms.items():
         print(f"  {name:14} {value.mean():.4f} ± {value.std() / len(value) ** 0.5:.4f}")
@@ -1045,6 +955,7 @@ def load_data(name_or_folder, image_size=32, device="cpu", split=None):
     else:
         images, labels = load_folder(Path(name_or_folder), image_size)
 
+    # Every tenth image is held out
     if split and name_or_folder not in TORCHVISION:
         held_out = torch.arange(len(images)) % 10 == 9
         chosen = held_out if split == "test" else ~held_out
@@ -1052,6 +963,7 @@ def load_data(name_or_folder, image_size=32, device="cpu", split=None):
         if labels is not None:
             labels = labels[chosen]
 
+    # To the device
     if labels is not None:
         labels = labels.to(device)
     return images.to(device), labels
@@ -1065,6 +977,8 @@ def load_torchvision(name, split):
             f"{name} is not in data/ and can't be downloaded ({error}); without a network use --data digits or "
             "--data FOLDER, or put torchvision's files into data/"
         ) from None
+
+    # Channels first
     images = torch.as_tensor(dataset.data)
     if images.dim() == 3:
         images = images[:, None]  # (N, H, W) → (N, 1, H, W)
@@ -1085,13 +999,15 @@ def load_folder(folder, image_size):
     """All images below the folder; those below one of its subfolders are one class."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is neither a data set (digits, {', '.join(TORCHVISION)}) nor a folder")
+
+    # The images
     suffixes = Image.registered_extensions()
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if not paths:
         raise ValueError(f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders")
     images = torch.stack([read_image(path, image_size) for path in paths])
 
-    # An image that lies in the folder itself has the class "".
+    # The classes; an image that lies in the folder itself has the class "".
     names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes = sorted(set(names))
     if len(classes) == 1:
@@ -1103,15 +1019,18 @@ def read_image(path, image_size):
     """An image file as RGB, uint8 (3, image_size, image_size), on white where it is transparent."""
     try:
         with Image.open(path) as file:
+            # 16-bit grey, which PIL would clip, becomes 8-bit grey.
             image = file
             if file.mode.startswith("I;16"):
-                image = file.convert("I").point(lambda value: value / 257)  # 16-bit grey, which PIL would clip
+                image = file.convert("I").point(lambda value: value / 257)
             image = ImageOps.exif_transpose(image)
             if image.mode == "I":
                 image = image.convert("L")
             image = image.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} can't be read as an image: {error}") from None
+
+    # On white, then resized and cropped
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
     return pil_to_tensor(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
@@ -1157,8 +1076,11 @@ def check_options(options, spell=str):
         low = field.metadata["low"]
         high = field.metadata["high"]
         choices = field.metadata["choices"]
+        # One of the choices
         if choices and value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+        # Each number in its bounds
         if field.type not in (int, float, tuple) or value is None:
             continue
         for number in value if field.type is tuple else [value]:
@@ -1174,15 +1096,22 @@ def check_options(options, spell=str):
 class Config:
     """Everything a run depends on. Every field is a flag of --train and is stored in the checkpoint."""
 
+    # Data
     data: str = option("digits", "digits, mnist, fashion_mnist, cifar10, or a folder of images")
+
+    # Network
     image_size: int = option(8, "height and width in pixels; a folder's images are resized and cropped to it", 1, 4096)
     dim: int = option(32, "channels at full resolution, a multiple of 4", 4, 4096)
     dim_mults: tuple = option((1, 2), "channels of each level, in multiples of dim; each level halves the size", 1, 64)
     num_res_blocks: int = option(1, "residual blocks per level", 1, 16)
     attn_resolutions: tuple = option((4,), "sizes in pixels at which there is self-attention", 1, 4096)
     dropout: float = option(0.0, "dropout probability in the residual blocks", 0, 0.99)
+
+    # Labels
     conditional: bool = option(True, "learn the labels, if the data have them")
     label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs", 0, 1)
+
+    # Diffusion
     timesteps: int = option(1000, "T, the number of steps of the forward process", 2, 100000)
     schedule: str = option(
         "linear",
@@ -1195,6 +1124,8 @@ class Config:
         choices=("fixed_large", "fixed_small", "learned_range"),
     )
     loss: str = option("simple", "Eq. 14, or the bound of Eq. 5", choices=("simple", "bound"))
+
+    # Optimisation
     weights: str = option(None, "a folder of published weights to start from", shown="none")
     steps: int = option(1200, "training steps", 1)
     batch_size: int = option(128, "images per step, over all processes together", 1)
@@ -1208,10 +1139,14 @@ class Config:
     grad_clip: float = option(1.0, "the gradient's norm is clipped at this value; 0 does not clip", 0)
     ema_decay: float = option(0.9999, "decay of the averaged weights, per step", 0, 0.999999)
     flip: bool = option(False, "mirror half of the images left to right")
+
+    # Reproducibility, log, checkpoints
     seed: int = option(0, "seed of everything random")
     log_every: int = option(50, "steps between two lines of log.csv", 1)
     sample_every: int = option(500, "steps between two grids of samples", 1)
     checkpoint_every: int = option(500, "steps between two checkpoints", 1)
+
+    # Machine and folder
     bf16: bool = option(None, "compute in bfloat16", shown="where the processor supports it natively")
     compile: bool = option(None, "torch.compile the network, which takes a minute", shown="on CUDA with Triton")
     device: str = option(None, "cuda, cuda:1 (the second), mps or cpu", shown="the first of these that there is")
@@ -1263,7 +1198,7 @@ def check_sampling(options, run):
         raise ValueError(f"--label must lie in 0…{classes - 1}, got {options.label}")
 
 
-# The settings of the paper's appendix B for CIFAR-10, and of other data sets. Config's defaults are those of the digits.
+# The paper's appendix B for CIFAR-10, and settings for other data sets; Config's defaults are those of the digits.
 PAPER = dict(
     image_size=32,
     dim=128,
@@ -1342,6 +1277,31 @@ def build(config, image_channels, num_classes):
 
 # ---- 9. Files and devices --------------------------------------------------------------------------------------------
 
+# Helpers
+
+
+def broadcast(values, x):
+    """values (B,) as (B, 1, …, 1), to broadcast against x (B, …); a single number stays one."""
+    if not torch.is_tensor(values) or values.dim() == 0:
+        return values
+    return values.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def noise_like(x, shape, generator=None, noise=None):
+    """A sample of N(0, I) with the dtype and device of x, or the given noise. Raises ValueError for another shape."""
+    if noise is None:
+        return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
+    if noise.shape != torch.Size(shape):
+        raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
+    return noise
+
+
+def last(iterable):
+    """The last item of an iterable, such as x_0 of a sampler that is a generator."""
+    for item in iterable:
+        result = item
+    return result
+
 
 def derive_seed(seed, use, *numbers):
     """A 32-bit seed for one use of randomness, such as derive_seed(seed, "training", step, rank). Different uses and
@@ -1354,17 +1314,22 @@ def derive_seed(seed, use, *numbers):
 
 
 def pick_device(name=None):
-    """The device of that name (default: CUDA, else MPS, else the CPU); under torchrun, "cuda" is each process's own GPU.
+    """The device of that name (default: CUDA, else MPS, else the CPU). Under torchrun "cuda" is each process's own GPU.
     Enables TF32 on CUDA. Raises ValueError if the device can't be used."""
+    # The best there is
     if name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         if torch.cuda.is_available():
             name = "cuda"
+
+    # Try it
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
+
+    # CUDA: this process's GPU, and TF32
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -1386,6 +1351,7 @@ def autocast(config, device):
 def maybe_compile(config, device, network, mode=None):
     """The network, compiled if config.compile says so (default: on CUDA with Triton, which torch installs on Linux
     only)."""
+    # Wanted?
     wanted = config.compile
     if wanted is None:
         from torch.utils._triton import has_triton
@@ -1393,6 +1359,8 @@ def maybe_compile(config, device, network, mode=None):
         wanted = device.type == "cuda" and has_triton()
     if not wanted:
         return network
+
+    # Static shapes only
     rank, _ = rank_and_world_size()
     if rank == 0:
         print("compiling the network takes about a minute; --no-compile skips it", file=sys.stderr)
@@ -1406,7 +1374,8 @@ def keep_freed_memory():
         return
     import ctypes
 
-    M_TRIM_THRESHOLD = -1  # as in malloc.h
+    # As in malloc.h
+    M_TRIM_THRESHOLD = -1
     M_MMAP_THRESHOLD = -3
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -1420,16 +1389,6 @@ def keep_freed_memory():
 def rank_and_world_size():
     """The number of this process and the number of processes, as set by torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def batch_size_of_process(config):
-    """This process's share of config.batch_size."""
-    _, world_size = rank_and_world_size()
-    if config.batch_size % world_size:
-        raise ValueError(
-            f"batch_size {config.batch_size} must be a multiple of the {world_size} processes that share it"
-        )
-    return config.batch_size // world_size
 
 
 def share_between_processes(model, device):
@@ -1495,7 +1454,8 @@ def atomic_write(path, save):
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch turns a full disk into a RuntimeError
+        # torch turns a full disk into a RuntimeError.
+        if isinstance(error, (OSError, RuntimeError)):
             reason = error.__context__ or error
             raise OSError(f"{path} can't be written ({reason}); its previous content is intact") from None
         raise
@@ -1524,6 +1484,7 @@ def make_grid_image(pixels, columns=None):
 
 def write_samples(out, pixels, columns, individual, frames):
     """Write samples.png and, if wanted, the folder individual and samples.gif. Returns the paths written."""
+    # The grid, of at most 1,024 images
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "samples.png"]
     grid = make_grid_image(pixels[:1024], columns)
@@ -1560,29 +1521,30 @@ def write_samples(out, pixels, columns, individual, frames):
 
 @dataclasses.dataclass
 class TrainingState:
-    """Everything that a checkpoint holds but for the step."""
+    """What a checkpoint holds. step is the number of steps done before this process."""
 
     config: Config
     model: UNet
     ema: UNet
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0
 
     def parts(self):
         return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scheduler": self.scheduler}
 
     def restore(self, checkpoint):
-        """Load a checkpoint. Returns the number of steps done, 0 without a checkpoint."""
-        if checkpoint is None:
-            return 0
-        if checkpoint["num_classes"] != self.model.num_classes:
-            raise ValueError(
-                f"{self.config.data} has {self.model.num_classes} classes, the run in {self.config.out} "
-                f"{checkpoint['num_classes']}"
-            )
+        """Load a checkpoint. Raises ValueError if it is of other data, or has all its steps already."""
+        config = self.config
+        classes = checkpoint["num_classes"]
+        step = checkpoint["step"]
+        if classes != self.model.num_classes:
+            raise ValueError(f"{config.data} has {self.model.num_classes} classes, the run in {config.out} {classes}")
+        if step >= config.steps:
+            raise ValueError(f"{config.out} has its {step:,} steps already: --steps N continues to step N")
         for name, part in self.parts().items():
             part.load_state_dict(checkpoint[name])
-        return checkpoint["step"]
+        self.step = step
 
     def save(self, step):
         """Write checkpoint.pt."""
@@ -1603,7 +1565,8 @@ def read_checkpoint(out, device="cpu"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         settings = dict(checkpoint["config"], out=str(out))
         checkpoint["config"] = Config(**settings)
-        checkpoint["ema"]["time_embedding.linear_1.weight"]  # other names before UNet had the published ones
+        # KeyError for a checkpoint from before UNet had the published names
+        checkpoint["ema"]["time_embedding.linear_1.weight"]
     except Exception as error:  # a malformed file may raise almost anything
         raise ValueError(f"{path} is no checkpoint of ddpm.py, or not a whole one ({type(error).__name__})") from None
     return checkpoint
@@ -1619,6 +1582,7 @@ def averaged_network(checkpoint):
 def start_folder(out, first_step):
     """For a new run (first_step = 0), make an empty folder; an earlier run there is renamed. For a resumed run, cut
     log.csv off at first_step."""
+    # The rows to keep, or the new name of an earlier run
     header = "step,loss,gradient_norm,learning_rate,images_per_second\n"
     rows = []
     if first_step > 0:
@@ -1629,17 +1593,19 @@ def start_folder(out, first_step):
             n += 1
         renamed = out.rename(out.with_name(f"{out.name}-{n}"))
         print(f"the earlier run in {out} is now {renamed}")
+
+    # The folder, and log.csv in it
     out.mkdir(parents=True, exist_ok=True)
     kept = [row for row in rows if int(row.split(",")[0]) <= first_step]
     atomic_write(out / "log.csv", lambda file: file.write("".join([header, *kept]).encode()))
 
 
-def announce(config, first_step, image_count, model, device):
+def announce(config, state, images):
     """Print what is trained."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
     print(
-        f"{image_count:,} images of {config.data}, {parameters:,} parameters, {device}, "
-        f"{config.steps - first_step:,} steps into {config.out}"
+        f"{len(images):,} images of {config.data}, {parameters:,} parameters, {images.device}, "
+        f"{config.steps - state.step:,} steps into {config.out}"
     )
 
 
@@ -1673,6 +1639,7 @@ class TrainingLog:
 
     def write(self, done):
         """Write a line after step number done. Returns the mean loss. Raises ValueError if a loss is not finite."""
+        # One copy from the device; the mean over processes
         losses, norms = torch.stack(self.history, dim=1).float().cpu()
         rank, world_size = rank_and_world_size()
         if self.control is not None:
@@ -1680,12 +1647,15 @@ class TrainingLog:
             losses /= world_size
         self.check_finite(losses, norms, done)
 
+        # The line
         now = time.perf_counter()
         speed = len(self.history) * self.config.batch_size / (now - self.since)
         lr = self.config.lr * learning_rate(self.config, done - 1)
         if rank == 0:
             with open(Path(self.config.out) / "log.csv", "a") as file:
                 file.write(f"{done},{losses.mean():.6f},{norms.mean():.4f},{lr:.3g},{speed:.0f}\n")
+
+        # A new start
         self.since = now
         self.history.clear()
         return losses.mean()
@@ -1704,7 +1674,7 @@ class TrainingLog:
 # The folders of diffusers' UNet2DModel, such as google/ddpm-cifar10-32: config.json, and diffusion_pytorch_model.bin
 # or .safetensors; for its pipelines also scheduler_config.json and model_index.json.
 
-# The fields of config.json that UNet can't vary. The default of diffusers is another one for those of the first group.
+# Fields of config.json that have one value for every UNet. For the first five, diffusers' default is another value.
 FIXED_FIELDS = dict(
     attention_head_dim=None,
     downsample_padding=0,
@@ -1712,6 +1682,7 @@ FIXED_FIELDS = dict(
     freq_shift=1,
     norm_eps=1e-6,
 )
+# For these it is the same, so that config.json may leave them out.
 DEFAULT_FIELDS = dict(
     act_fn="silu",
     attn_norm_num_groups=None,
@@ -1729,16 +1700,19 @@ DEFAULT_FIELDS = dict(
 
 def describe_network(network, image_size):
     """The config.json of a UNet. Raises ValueError for what a UNet2DModel can't be."""
+    # The levels
     levels = network.down_blocks
     widths = [level.resnets[-1].conv2.out_channels for level in levels]
     attention = [isinstance(level.attentions[0], AttentionBlock) for level in levels]
+
+    # What diffusers can't express
     groups = sorted({module.num_groups for module in network.modules() if isinstance(module, GroupNorm)})
     if len(groups) > 1:
         raise ValueError(f"diffusers has one number of groups for all norms, this network has {groups}")
-    if network.conv_in.out_channels != widths[0]:
-        raise ValueError(
-            f"diffusers needs dim_mults that begin with 1, got dim {network.conv_in.out_channels}, {widths}"
-        )
+    dim = network.conv_in.out_channels
+    if dim != widths[0]:
+        raise ValueError(f"diffusers needs dim_mults that begin with 1, got {[width // dim for width in widths]}")
+
     return dict(
         **FIXED_FIELDS,
         **DEFAULT_FIELDS,
@@ -1763,10 +1737,13 @@ def load_published(folder):
     folder = Path(folder)
     file = folder / "diffusion_pytorch_model.bin"
     try:
+        # The network that config.json describes
         config = json.loads((folder / "config.json").read_text())
         shape = read_shape(config)
         network = UNet(config["in_channels"], **shape)
         check_published(config, describe_network(network, shape["image_size"]))
+
+        # Its weights
         if file.with_suffix(".safetensors").exists() and not file.exists():
             from safetensors.torch import load_file
 
@@ -1803,8 +1780,9 @@ def check_published(config, expected):
     defaults = dict(DEFAULT_FIELDS, add_attention=True, norm_num_groups=32, num_class_embeds=None)
     config = {**defaults, **config}
     for name in sorted({*config, *expected}):
+        # These do not change what a trained network computes.
         if name.startswith("_") or name in ("dropout", "num_train_timesteps"):
-            continue  # neither changes what a trained network computes
+            continue
         value = config.get(name, "left out")
         if name not in expected or value != expected[name]:
             raise ValueError(f"{name} can't be {value!r}")
@@ -1836,6 +1814,7 @@ def published_schedule(folder):
     if not path.is_file():
         return {}
     try:
+        # Its betas
         scheduler = json.loads(path.read_text())
         timesteps = scheduler["num_train_timesteps"]
         betas = scheduler.get("trained_betas")
@@ -1844,12 +1823,13 @@ def published_schedule(folder):
         betas = torch.as_tensor(betas, dtype=torch.float32)
         if scheduler.get("prediction_type", "epsilon") != "epsilon":
             raise ValueError(f"prediction_type can't be {scheduler['prediction_type']!r}")
+
+        # The schedule that has these betas
+        variance = scheduler.get("variance_type", "fixed_small")
         for schedule in ("linear", "cosine"):
-            config = Config(
-                timesteps=timesteps, schedule=schedule, variance=scheduler.get("variance_type", "fixed_small")
-            )
+            config = Config(timesteps=timesteps, schedule=schedule, variance=variance)
             if torch.allclose(build_diffusion(config).betas, betas, rtol=1e-5, atol=0):
-                return dict(timesteps=timesteps, schedule=schedule, variance=config.variance)
+                return dict(timesteps=timesteps, schedule=schedule, variance=variance)
         raise ValueError("its betas are neither the linear nor the cosine schedule")
     except Exception as error:  # a malformed file may raise almost anything
         raise ValueError(f"{path} is no schedule that fits here: {in_one_line(error)}") from None
@@ -1859,9 +1839,12 @@ def export(checkpoint, folder):
     """Write a run's averaged network as a folder that diffusers loads: UNet2DModel.from_pretrained(folder) is the same
     function, with class_labels = num_classes for "no label". DDPMPipeline and DDIMPipeline draw from it if it has no
     labels and a fixed variance. (A learned v is exported as it is; diffusers' scheduler expects 2v − 1.)"""
+    # A new folder only
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: --export makes a new one")
+
+    # What to write
     config = checkpoint["config"]
     network = averaged_network(checkpoint)
     network_config = describe_network(network, config.image_size)
@@ -1870,15 +1853,13 @@ def export(checkpoint, folder):
     def save(folder):
         write_json(folder / "config.json", dict(_class_name="UNet2DModel", dropout=config.dropout, **network_config))
         write_json(folder / "scheduler_config.json", dict(_class_name="DDPMScheduler", **describe_schedule(config)))
+
+        # The pipelines know no labels, and DDIMPipeline no learned variance.
         if network.num_classes is None and config.variance != "learned_range":
-            write_json(
-                folder / "model_index.json",
-                dict(
-                    _class_name="DDPMPipeline",
-                    unet=["diffusers", "UNet2DModel"],
-                    scheduler=["diffusers", "DDPMScheduler"],
-                ),
-            )
+            index = dict(unet=["diffusers", "UNet2DModel"], scheduler=["diffusers", "DDPMScheduler"])
+            write_json(folder / "model_index.json", dict(_class_name="DDPMPipeline", **index))
+
+        # The weights
         try:
             from safetensors.torch import save_file
 
@@ -1958,6 +1939,8 @@ def describe_default(field):
     """The default of an option, and those of the presets that have another one."""
     if field.metadata["shown"]:
         return field.metadata["shown"]
+
+    # Other defaults, and the data sets that have each
     presets = {}
     for data, settings in {**PRESETS, "a folder": FOLDER}.items():
         value = settings.get(field.name, field.default)
@@ -2015,6 +1998,7 @@ def new_parser(**settings):
 
 def help_text(arguments):
     """What --help prints: the options of the mode that is among the arguments, or else the modes."""
+    # A mode's options
     flags = [argument.split("=")[0] for argument in arguments]
     for mode, usage in USAGE.items():
         if as_flag(mode) in flags:
@@ -2024,6 +2008,8 @@ def help_text(arguments):
             for field in MODES[mode].values():
                 add_option(parser, field)
             return parser.format_help()
+
+    # The modes
     parser = new_parser(
         usage="python ddpm.py " + " | ".join(USAGE.values()),
         description="Train a DDPM, draw samples from it, evaluate it, export it.",
@@ -2039,6 +2025,8 @@ def parse(arguments):
     if "--help" in arguments or "-h" in arguments:
         print(help_text(arguments), end="")
         sys.exit(0)
+
+    # What is given, of all modes' flags
     parser = new_parser()
     add_modes(parser)
     add_resume(parser)
@@ -2047,6 +2035,7 @@ def parse(arguments):
         add_option(parser, field)
     given = vars(parser.parse_args(arguments))
 
+    # The mode
     mode = next((name for name in MODES if name in given), None)
     if mode is None:  # reported last, so that a misspelt flag is named
         parser.error("one of --train, --sample N, --evaluate and --export FOLDER is required; see --help")
@@ -2054,6 +2043,8 @@ def parse(arguments):
     if mode == "train" and "resume" in given:
         mode = "train --resume"
         allowed.add("resume")
+
+    # What it takes
     allowed.update(MODES[mode])
     for name in given:
         if name not in allowed:
@@ -2067,6 +2058,8 @@ def find_run(given):
         return given["out"]
     if "data" in given:
         return preset(given["data"]).out
+
+    # The newest
     checkpoints = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not checkpoints:
         raise ValueError("no run in runs/ yet: python ddpm.py --train makes one, --out names one elsewhere")
@@ -2080,15 +2073,15 @@ def given_machine(given):
 def run_train(given):
     """--train: a new run, from published weights if --weights names them, or with --resume an old one."""
     settings = {name: value for name, value in given.items() if name not in ("train", "resume")}
+
+    # --resume
     if "resume" in given:
         checkpoint = read_checkpoint(find_run(given))
         settings.pop("data", None)
         config = dataclasses.replace(checkpoint["config"], **settings)
-        if checkpoint["step"] >= config.steps:
-            raise ValueError(
-                f"{config.out} has its {checkpoint['step']:,} steps already: --steps N continues to step N"
-            )
         out = train(config, checkpoint)
+
+    # A new run
     else:
         defaults = {"data": "digits"}
         if "weights" in given:
@@ -2100,6 +2093,8 @@ def run_train(given):
             defaults.update(shape)
             defaults.update(published_schedule(given["weights"]))
         out = train(preset(**{**defaults, **settings}))
+
+    # What to do next
     rank, _ = rank_and_world_size()
     if rank == 0:
         print(f"the run is in {out}: checkpoint.pt, log.csv, samples-*.png")
@@ -2131,7 +2126,9 @@ def run_export(given):
     """--export."""
     checkpoint = read_checkpoint(find_run(given))
     export(checkpoint, given["export"])
-    print(f"exported; in diffusers: UNet2DModel.from_pretrained({given['export']!r})")
+    print(f"diffusers.UNet2DModel.from_pretrained({given['export']!r}) loads it")
+    if checkpoint["config"].variance == "learned_range":
+        print("its second half of the channels is v; diffusers' DDPMScheduler expects 2 v - 1")
 
 
 def main(arguments=None):
