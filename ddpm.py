@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -324,12 +325,13 @@ class GaussianDiffusion(nn.Module):
         """Returns ε_θ(x_t, t), and v (None if the variance is fixed), in x_t's dtype."""
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
         prediction = model(x_t, t).to(x_t.dtype)
-        parts = 2 if self.variance_type == "learned_range" else 1
-        channels = parts * x_t.shape[1]
+        channels = x_t.shape[1] * (2 if self.variance_type == "learned_range" else 1)
         if prediction.shape != (len(x_t), channels, *x_t.shape[2:]):
             inputs = f"with variance={self.variance_type} and x_t {tuple(x_t.shape)}"
             raise ValueError(f"{inputs} the model must return {channels} channels, got {tuple(prediction.shape)}")
-        return prediction.chunk(2, dim=1) if parts == 2 else (prediction, None)
+        if self.variance_type == "learned_range":
+            return prediction.chunk(2, dim=1)
+        return prediction, None
 
     def _check(self, x, t, *others):
         """Raise ValueError for what PyTorch would accept silently: shapes that broadcast, negative t."""
@@ -540,10 +542,8 @@ class UNet(nn.Module):
         # Time and label
         time_dim = time_dim or 4 * dim
         self.position = SinusoidalPositionEmbeddings(dim)
-        self.time_embedding = nn.Sequential()
-        self.time_embedding.add_module("linear_1", nn.Linear(dim, time_dim))
-        self.time_embedding.add_module("silu", nn.SiLU())
-        self.time_embedding.add_module("linear_2", nn.Linear(time_dim, time_dim))
+        layers = OrderedDict(linear_1=nn.Linear(dim, time_dim), silu=nn.SiLU(), linear_2=nn.Linear(time_dim, time_dim))
+        self.time_embedding = nn.Sequential(layers)
         self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
         # Down: skips lists the channels of every output that the way up will concatenate.
@@ -715,11 +715,12 @@ def prepare_training(config, checkpoint):
 def start_training(config, state, images):
     """Make the run's folder, join the processes, compile the network. Returns the network to call, and the log."""
     rank, _ = rank_and_world_size()
+    device = pick_device(config.device)
     if rank == 0:
         start_folder(Path(config.out), state.step)
         announce(config, state, images)
-    network, control = share_between_processes(state.model, images.device)
-    network = maybe_compile(config, images.device, network)
+    network, control = share_between_processes(state.model, device)
+    network = maybe_compile(config, device, network)
     return network, TrainingLog(config, control)
 
 
@@ -1314,22 +1315,22 @@ def derive_seed(seed, use, *numbers):
 
 
 def pick_device(name=None):
-    """The device of that name (default: CUDA, else MPS, else the CPU). Under torchrun "cuda" is each process's own GPU.
-    Enables TF32 on CUDA. Raises ValueError if the device can't be used."""
-    # The best there is
+    """The device of that name (default: CUDA, else MPS, else the CPU). Under torchrun, "cuda" is each process's own
+    GPU. Enables TF32 on CUDA. Raises ValueError if the device can't be used."""
+    # By default, the fastest there is
     if name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         if torch.cuda.is_available():
             name = "cuda"
 
-    # Try it
+    # A device that is not there, or not supported by this torch, raises here.
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
 
-    # CUDA: this process's GPU, and TF32
+    # One GPU for this process, and TF32
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -1351,7 +1352,7 @@ def autocast(config, device):
 def maybe_compile(config, device, network, mode=None):
     """The network, compiled if config.compile says so (default: on CUDA with Triton, which torch installs on Linux
     only)."""
-    # Wanted?
+    # By default, only where torch.compile works and pays
     wanted = config.compile
     if wanted is None:
         from torch.utils._triton import has_triton
@@ -1360,7 +1361,7 @@ def maybe_compile(config, device, network, mode=None):
     if not wanted:
         return network
 
-    # Static shapes only
+    # Shapes are static
     rank, _ = rank_and_world_size()
     if rank == 0:
         print("compiling the network takes about a minute; --no-compile skips it", file=sys.stderr)
@@ -1671,8 +1672,8 @@ class TrainingLog:
 
 
 # ---- 10. Published weights -------------------------------------------------------------------------------------------
-# The folders of diffusers' UNet2DModel, such as google/ddpm-cifar10-32: config.json, and diffusion_pytorch_model.bin
-# or .safetensors; for its pipelines also scheduler_config.json and model_index.json.
+# Folders of diffusers' UNet2DModel, such as google/ddpm-cifar10-32: config.json, and diffusion_pytorch_model.bin or
+# .safetensors; scheduler_config.json and model_index.json for its pipelines.
 
 # Fields of config.json that have one value for every UNet. For the first five, diffusers' default is another value.
 FIXED_FIELDS = dict(
@@ -1722,8 +1723,8 @@ def describe_network(network, image_size):
         block_out_channels=widths,
         layers_per_block=len(levels[0].resnets),
         norm_num_groups=groups[0],
-        down_block_types=["AttnDownBlock2D" if here else "DownBlock2D" for here in attention],
-        up_block_types=["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)],
+        down_block_types=["AttnDownBlock2D" if attends else "DownBlock2D" for attends in attention],
+        up_block_types=["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)],
         add_attention=isinstance(network.mid_block.attentions[0], AttentionBlock),
         num_class_embeds=network.num_classes + 1 if network.num_classes else None,
     )
@@ -1840,7 +1841,7 @@ def export(checkpoint, folder):
     function, with class_labels = num_classes for "no label". DDPMPipeline and DDIMPipeline draw from it if it has no
     labels and a fixed variance. (A learned v is exported as it is; diffusers' scheduler expects 2v − 1.)"""
     # A new folder only
-    folder = Path(folder).resolve()
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: --export makes a new one")
 
@@ -1867,7 +1868,7 @@ def export(checkpoint, folder):
         except ImportError:
             torch.save(weights, folder / "diffusion_pytorch_model.bin")
 
-    write_folder(folder, save)
+    write_folder(folder.resolve(), save)
 
 
 def describe_schedule(config):
@@ -1958,8 +1959,11 @@ def add_option(parser, field):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
     elif field.type is tuple:
         parser.add_argument(flag, type=int, nargs="*", metavar="N", help=text)
+    elif field.metadata["choices"]:
+        parser.add_argument(flag, choices=field.metadata["choices"], help=text)
     else:
-        parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], help=text)
+        metavar = {int: "N", float: "X", str: "NAME"}[field.type]
+        parser.add_argument(flag, type=field.type, metavar=metavar, help=text)
 
 
 def add_modes(parser):
@@ -2002,7 +2006,8 @@ def help_text(arguments):
     flags = [argument.split("=")[0] for argument in arguments]
     for mode, usage in USAGE.items():
         if as_flag(mode) in flags:
-            parser = new_parser(usage=f"python ddpm.py {usage}")
+            defaults = "A default is that of all data sets, or of the digits and then of those that have another."
+            parser = new_parser(usage=f"python ddpm.py {usage}", description=defaults if mode == "train" else None)
             if mode == "train":
                 add_resume(parser)
             for field in MODES[mode].values():
@@ -2011,9 +2016,8 @@ def help_text(arguments):
 
     # The modes
     parser = new_parser(
-        usage="python ddpm.py " + " | ".join(USAGE.values()),
-        description="Train a DDPM, draw samples from it, evaluate it, export it.",
-        epilog="python ddpm.py --train --help shows the options of --train, and so on for each.",
+        usage="python ddpm.py MODE [options]",
+        description="MODE is one of these; python ddpm.py --train --help shows the options of --train, and so on.",
     )
     add_modes(parser)
     return parser.format_help()
