@@ -5,11 +5,11 @@ Read it beside the paper, from top to bottom. Sections 1 to 6 are the paper; the
     7 data     8 configuration     9 files and devices     10 published weights     11 command line
 
 Equation, algorithm and section numbers are the paper's unless another paper is named. The paper counts t = 1…T with
-ᾱ_0 = 1; the code counts t = 0…T−1, so code t = paper t − 1. Images x are float tensors (B, C, H, W) scaled to [−1, 1].
-t is int64 (B,), or one int for the whole batch.
+ᾱ_0 = 1; the code counts t = 0…T−1, so code t = paper t − 1: formulas have the paper's (x_0 is the image), arguments the
+code's, int64 (B,) or one int for the whole batch. Images are float tensors (B, C, H, W) scaled to [−1, 1].
 
     python ddpm.py --train         # train on handwritten digits: any machine, a few minutes
-    python ddpm.py --sample 64     # draw samples from the trained network
+    python ddpm.py --sample 64     # draw samples from the trained network; --data FOLDER trains on your own images
     python ddpm.py --help          # everything else
 """
 
@@ -99,9 +99,11 @@ class GaussianDiffusion(nn.Module):
         positive_variance = posterior_variance.clone()
         positive_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
 
-        left = alphas_cumprod[-1].sqrt()
-        if left > 0.05:
-            warnings.warn(f"√ᾱ_T = {left:.3f} of x_0 is left in x_T; more or larger betas make it < 0.05", stacklevel=2)
+        kept = alphas_cumprod[-1].sqrt()
+        if kept > 0.05:
+            warnings.warn(
+                f"√ᾱ_T = {kept:.3f}, so x_T still contains x_0: more or larger betas make it < 0.05", stacklevel=2
+            )
 
         # The coefficients of the formulas below, each indexed by t.
         def register(name, coefficient):
@@ -136,10 +138,11 @@ class GaussianDiffusion(nn.Module):
 
     # -- Training loss --
     def p_losses(self, model, x_start, t, noise=None):
-        """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14).
-        A learned variance adds 0.001 L_vlb, with no gradient through ε_θ, so that the bound trains v only (L_hybrid,
-        Improved DDPM Eq. 16). loss="bound" is L itself in bits/dim, without the constant L_T (Eq. 5); for t > 1 it
-        weights L_simple as in Eq. 12. Both bounds are unbiased only if t is drawn uniformly."""
+        """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14). A
+        learned variance adds 0.001 L_vlb, with no gradient through ε_θ, so that the bound trains v only (L_hybrid,
+        Improved DDPM Eq. 16). loss="bound" is L itself in bits/dim, without the constant L_T (Eq. 5); with a fixed
+        variance it weights L_simple as in Eq. 12 for paper t > 1. Both bounds are unbiased only if t is drawn
+        uniformly."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         predicted_noise, v = self._predict(model, x_t, t)
@@ -176,11 +179,11 @@ class GaussianDiffusion(nn.Module):
         return self._mean_variance(x_t, t, predicted_noise, v, clip_denoised)
 
     def _mean_variance(self, x_t, t, predicted_noise, v, clip_denoised):
-        """p_mean_variance for a given prediction ε_θ and v."""
+        """μ_θ (Eq. 11), σ_t², log σ_t² and x̂_0 for a given prediction ε_θ and v."""
         pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
             pred_x_start = pred_x_start.clamp(-1, 1)
-        mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # "fixed_small": σ_t² = β̃_t
+        mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # Eq. 11; "fixed_small" is its β̃_t
         if self.variance_type == "fixed_large":
             variance = extract(self.betas, t, x_t)
             log_variance = extract(self.log_betas, t, x_t)
@@ -198,7 +201,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def p_sample_steps(self, model, x_t, t=None, clip_denoised=True, generator=None):
-        """Algorithm 2 as a generator, for progress bars and animations: yields x_{t−1}, …, x_0 (default: t = T−1)."""
+        """Algorithm 2 step by step, for progress bars and animations, from x_t at code t (default: T−1) to x_0."""
         start = self.timesteps - 1 if t is None else t
         for t in range(start, -1, -1):
             x_t = self.p_sample(model, x_t, t, clip_denoised, generator=generator)
@@ -218,8 +221,8 @@ class GaussianDiffusion(nn.Module):
 
     # -- Fewer steps: DDIM and respacing --
     def ddim_timesteps(self, steps):
-        """S = steps of the T timesteps, evenly spaced, in decreasing order from T−1 ("trailing", Lin et al., 2023):
-        only at T−1 does the network expect pure noise. Returns a list of ints."""
+        """Returns as many of the T timesteps as steps, a list of ints, evenly spaced and decreasing from T−1, because
+        only there the network was trained on pure noise ("trailing", Lin et al., 2023)."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
         return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
@@ -230,10 +233,10 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
-        """One step of DDIM from t to any s = prev_t < t, both ints; s = −1 denotes x_0 (DDIM Eq. 12, 16):
+        """One step of DDIM from t to an earlier s = prev_t, both ints; s = −1 denotes x_0 (DDIM Eq. 12, 16):
         x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z with σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s).
         η = 0 is deterministic; η = 1 over all T steps is Algorithm 2 with σ_t² = β̃_t. If x̂_0 is clamped, ε_θ is
-        recomputed from it, so that Eq. 4 still gives x_t."""
+        then recomputed from x̂_0 and x_t (Eq. 4)."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0…1, got {eta}")
         self._check(x_t, t, noise)
@@ -255,7 +258,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
-        """DDIM from x_T = x_t as a generator: yields S = steps tensors, the last of which is x_0."""
+        """DDIM from x_T = x_t step by step: yields as many tensors as steps, the last of which is x_0."""
         timesteps = self.ddim_timesteps(steps)
         for t, prev_t in zip(timesteps, [*timesteps[1:], -1], strict=True):
             x_t = self.ddim_sample(model, x_t, t, prev_t, eta, clip_denoised, generator=generator)
@@ -279,8 +282,8 @@ class GaussianDiffusion(nn.Module):
     # -- Likelihood and score --
     def bound_term(self, x_start, x_t, t, predicted_noise, v, clip_denoised=False):
         """The term of Eq. 5 at t, estimated from x_t and the prediction for it. Returns it in bits/dim (B,), and x̂_0.
-        L_{t−1} is KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), which for a fixed σ_t² is Eq. 8, 9 and 10; at code t = 0
-        the term is L_0 = −log p_θ(x_0|x_1) (Eq. 13)."""
+        L_{t−1} is KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), for a fixed σ_t² Eq. 8, which Eq. 9 and 10 rewrite; at
+        code t = 0 the term is L_0 = −log p_θ(x_0|x_1) (Eq. 13)."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         mean, _, log_variance, pred_x_start = self._mean_variance(x_t, t, predicted_noise, v, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
@@ -291,10 +294,10 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def bits_per_dim(self, model, x_start, clip_denoised=True, generator=None):
-        """The bound on −log₂ p(x_0) (Eq. 3) in bits/dim, term by term (Eq. 5, 13), with one sample of ε for each t.
-        Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), whose column i is code t = i + 1, and
-        "L_0" (B,); "squared_error" (B, T) is that of x̂_0 at code t on the [−1, 1] scale, as drawn in Fig. 5.
-        x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data."""
+        """The bound on −log₂ p_θ(x_0) (Eq. 3) in bits/dim, term by term (Eq. 5, 13), with one sample of ε for each t.
+        Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), whose column i is code t = i + 1,
+        and "L_0" (B,); "squared_error" (B, T) of x̂_0 at code t is on the [−1, 1] scale: 127.5 times its root is Fig.
+        5's RMSE. x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data."""
         terms = []
         squared_errors = []
         for t in range(self.timesteps):
@@ -378,9 +381,9 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
 def classifier_free_guidance(model, labels, scale):
     """ε̃ = (1 + w) ε_θ(x_t, c) − w ε_θ(x_t), w = scale (Ho & Salimans, 2022). Returns a model(x_t, t) for any sampler.
 
-    labels is int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; both halves run as one batch.
-    w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. A learned variance is that of the
-    conditional half. Raises ValueError if the model has no classes or a label is out of range."""
+    labels is int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; with and without labels run as
+    one batch. w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. A learned variance is
+    that predicted with labels. Raises ValueError if the model has no classes or a label is out of range."""
     no_label = getattr(model, "num_classes", None)
     if not no_label:
         raise ValueError("guidance needs a model that was built with num_classes")
@@ -401,7 +404,7 @@ def classifier_free_guidance(model, labels, scale):
 
 
 # ---- 4. Network ------------------------------------------------------------------------------------------------------
-# The paper's U-Net (appendix B). Its modules have the names of the published weights, diffusers' (section 10).
+# The paper's U-Net (appendix B). Modules are named as in diffusers, so that published weights load (section 10).
 
 
 class GroupNorm(nn.GroupNorm):
@@ -497,7 +500,7 @@ class Upsample(nn.Module):
 
 class Level(nn.Module):
     """The blocks of one resolution, a residual block for each number in in_channels, each followed by attention or by
-    nothing. UNet appends the change of size, if there is one."""
+    nothing. UNet adds the layer that changes the size."""
 
     def __init__(self, in_channels, out_channels, time_dim, dropout, groups, attention):
         super().__init__()
@@ -513,8 +516,8 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
 
-    Norms have the paper's 32 groups if dim ≥ 128, else dim/16: on a CPU, groups of fewer than 16 channels take twice as
-    long. Raises ValueError for an image_size or dim that is not such a multiple."""
+    Norms have 32 groups as in the paper if dim ≥ 128; smaller networks have dim/16, because smaller groups are slow on
+    a CPU. Raises ValueError unless dim is a multiple of 4, and image_size of 2^(number of levels − 1)."""
 
     def __init__(
         self,
@@ -546,36 +549,36 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(layers)
         self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
-        # Down: skips lists the channels of every output that the way up will concatenate.
+        # Down: skip_channels lists those of every output that the way up will concatenate.
         groups = 32 if dim >= 128 else max(1, dim // 16)
         level = functools.partial(Level, time_dim=time_dim, dropout=dropout, groups=groups)
         widths = [dim * mult for mult in dim_mults]
         channels = dim
         size = image_size
-        skips = [dim]
+        skip_channels = [dim]
         self.conv_in = nn.Conv2d(image_channels, dim, 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             in_channels = [channels] + [width] * (num_res_blocks - 1)
             block = level(in_channels, width, attention=size in attn_resolutions)
-            skips += [width] * num_res_blocks
+            skip_channels += [width] * num_res_blocks
             channels = width
             if i < self.halvings:
                 block.downsamplers.append(Downsample(width))
-                skips.append(width)
+                skip_channels.append(width)
                 size //= 2
             self.down_blocks.append(block)
 
         # Middle: attention between the two residual blocks.
         self.mid_block = level([channels, channels], channels, attention=bool(attn_resolutions))
-        self.mid_block.attentions[1] = nn.Identity()
+        self.mid_block.attentions[1] = nn.Identity()  # none after the second block
 
         # Up
         self.up_blocks = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             in_channels = []
             for _ in range(num_res_blocks + 1):
-                in_channels.append(channels + skips.pop())
+                in_channels.append(channels + skip_channels.pop())
                 channels = width
             block = level(in_channels, width, attention=size in attn_resolutions)
             if i > 0:
@@ -631,7 +634,7 @@ class UNet(nn.Module):
 
 
 def train(config, checkpoint=None, watch=None):
-    """Algorithm 1, with Adam, an average of the weights (EMA), a log and checkpoints. Returns the run's folder.
+    """Algorithm 1, with Adam, a moving average of the weights (EMA), a log and checkpoints. Returns the run's folder.
     checkpoint, from read_checkpoint, resumes a run. watch(run, step) is called every config.sample_every steps and at
     the end (default: Run.grid). Under torchrun, each process computes its share of every batch and rank 0 writes."""
     # Set-up
@@ -640,7 +643,7 @@ def train(config, checkpoint=None, watch=None):
     network, log = start_training(config, state, images)
     with record_signals() as signals, training_bar(config, state.step) as bar:
         for step in range(state.step, config.steps):
-            torch.manual_seed(derive_seed(config.seed, "training", step, rank))  # a step depends on these alone
+            torch.manual_seed(derive_seed(config.seed, "training", step, rank))  # so that a resumed run draws the same
             chosen = torch.randint(len(images), (config.batch_size // world_size,), device=images.device)
             y = labels[chosen] if num_classes else None
 
@@ -653,7 +656,7 @@ def train(config, checkpoint=None, watch=None):
             loss.backward()                                                                    # ∇_θ ‖ε − ε_θ(x_t, t)‖²
             # fmt: on
 
-            # Adam's step, and the average of the weights
+            # Adam's step, and the EMA of the weights
             gradient_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad()
@@ -725,19 +728,19 @@ def start_training(config, state, images):
 
 
 def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
-    """Eq. 14 for a batch, with random flips if config.flip. y are its labels or None; some of them are replaced by
+    """The loss of a batch, with random flips if config.flip. y are its labels or None; some of them are replaced by
     no_label, so that the network also learns ε_θ(x_t) without a label, which guidance needs."""
     # Random flips
     if config.flip:
         flipped = torch.randint(2, (len(x_start),), device=x_start.device).bool()
         x_start = torch.where(broadcast(flipped, x_start), x_start.flip(3), x_start)
 
-    # Hidden labels
+    # Label dropout
     if y is not None:
         hidden = torch.rand(len(y), device=y.device) < config.label_dropout
         y = torch.where(hidden, no_label, y)
 
-    # Eq. 14
+    # Eq. 14 or 5
     with autocast(config, x_start.device):
         return diffusion.p_losses(functools.partial(network, y=y), x_start, t, noise)
 
@@ -898,7 +901,7 @@ def draw_batches(run, batches, size, labels, seed, options):
 
 
 def evaluate(run, count, seed=0):
-    """Print the bound on −log₂ p(x_0) of count held-out images, term by term (Eq. 5)."""
+    """Print the bound on −log₂ p_θ(x_0) of count held-out images, term by term (Eq. 5)."""
     if count < 1:
         raise ValueError(f"--evaluate must be at least 1, got {count}")
     # Held-out images

@@ -4211,3 +4211,23 @@ def test_readme_names_what_exists():
     first_screen = text[:1500]
     assert "python ddpm.py --train" in first_screen
     assert "pytest" in first_screen
+
+
+def test_readmes_links_point_to_the_lines_that_define_the_names():
+    """[`name`](file.py#L123) is a link to the line with def name or class name."""
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) > 50
+    for name, file, line in links:
+        text = (HERE / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name}\b", text), (name, file, line)
+
+
+def test_readmes_python_example_runs():
+    """As it stands, but for fewer images and DDIM steps."""
+    code = re.search(r"```python\n(import torch\n.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    assert "8, 3, 32, 32" in code
+    assert "steps=50" in code
+    names = {}
+    exec(code.replace("(8,", "(1,").replace("steps=50", "steps=2"), names)
+    assert names["loss"].item() > 0
+    assert names["samples"].shape == (1, 3, 32, 32)
