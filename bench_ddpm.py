@@ -159,7 +159,7 @@ def record(benchmark, what, name, device, work, operations=0, other=None, rounds
             ratio,
         ]
     )
-    benchmark.extra_info.update(zip(HEADING, ROWS[-1]))
+    benchmark.extra_info.update(zip(HEADING, ROWS[-1], strict=False))
 
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it where there is one")
@@ -385,19 +385,22 @@ def column(out, name):
 
 
 def curve(run):
-    return zip(*(map(float, line.split(",")) for line in (Path(run.config.out) / "curve.csv").read_text().split()))
+    return zip(
+        *(map(float, line.split(",")) for line in (Path(run.config.out) / "curve.csv").read_text().split()),
+        strict=False,
+    )
 
 
 def draw_curves(axes, groups):
     """Loss and distance against steps: a line a group, a thin one a seed."""
-    for colour, (name, runs) in zip(("C0", "C1", "C2"), groups.items()):
+    for colour, (name, runs) in zip(("C0", "C1", "C2"), groups.items(), strict=False):
         for ax, lines in zip(
-            axes, ([column(run.config.out, "loss") for run in runs], [tuple(curve(run)) for run in runs])
+            axes, ([column(run.config.out, "loss") for run in runs], [tuple(curve(run)) for run in runs]), strict=False
         ):
             for steps, values in lines:
                 ax.plot(steps, values, colour, alpha=0.3, lw=1)
             ax.plot(lines[0][0], numpy.mean([values for _, values in lines], 0), colour, label=name)
-    for ax, title in zip(axes, ("training loss, L_simple", "Fréchet distance")):
+    for ax, title in zip(axes, ("training loss, L_simple", "Fréchet distance"), strict=False):
         ax.set(xlabel="step", title=title, yscale="log")
 
 
@@ -412,7 +415,7 @@ def schedules(lab):
         axes[1].plot(alphas_cumprod / (1 - alphas_cumprod), label=name)
         far = [list(curve(run))[1] for run in runs]
         nll = [bits(lab, run)["total"].item() for run in runs]
-        rows.append([name, *(spread(each) for each in zip(*far)), spread(nll)])
+        rows.append([name, *(spread(each) for each in zip(*far, strict=False)), spread(nll)])
     axes[0].set(xlabel="t", title="ᾱ_t")
     axes[1].set(xlabel="t", title="signal to noise, ᾱ_t/(1 − ᾱ_t)", yscale="log")
     draw_curves(axes[2:], groups)
@@ -458,7 +461,9 @@ def guidance(lab):
         diversity.append(within(pixels, asked) / variance)
         far.append(frechet(pixels, images))
         examples.append(draw(lab, run, run.model.num_classes, one_each, guidance=w))
-    rows = [[w, f"{a:.1%}", f"{d:.2f}", f"{f:.3f}"] for w, a, d, f in zip(scales, agreement, diversity, far)]
+    rows = [
+        [w, f"{a:.1%}", f"{d:.2f}", f"{f:.3f}"] for w, a, d, f in zip(scales, agreement, diversity, far, strict=False)
+    ]
     show_table(["w", "agrees with the label", "variance within a class, real = 1", "distance"], rows)
     figure, (left, *others) = lab.plot.subplots(
         1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=[1, 1.3, 1.3]
@@ -468,9 +473,9 @@ def guidance(lab):
     left.set(xlabel="w", yticks=[])
     left.set_xticks([(i + 0.5) * grid.width / len(scales) for i in range(len(scales))], scales)
     curves = {"agrees with the label, %": [100 * a for a in agreement], "Fréchet distance": far}
-    for ax, (title, values) in zip(others, curves.items()):
+    for ax, (title, values) in zip(others, curves.items(), strict=False):
         ax.plot(diversity, values, "o-")
-        for w, x, y in zip(scales, diversity, values):
+        for w, x, y in zip(scales, diversity, values, strict=False):
             ax.annotate(f"{w}", (x, y), (3, 4), textcoords="offset points")
         ax.set(xlabel="variance within a class, real = 1", title=title)
     return figure
@@ -558,7 +563,7 @@ def objectives(lab):
             far = [frechet(ancestral(sampling_steps=s), images) for s in few]
             results.append([terms["total"].item(), terms["L_{t-1}"].sum().item(), terms["L_0"].item(), *far])
             each_t.append(torch.cat([terms["L_0"][None], terms["L_{t-1}"]]).cpu())
-        columns = list(zip(*results))
+        columns = list(zip(*results, strict=False))
         rows.append([name, *(spread(values) for values in columns)])
         left.plot(range(1, run.diffusion.timesteps + 1), torch.stack(each_t).mean(0), label=name)
         right.plot(few, [statistics.mean(values) for values in columns[3:]], "o-", label=name)
@@ -577,9 +582,9 @@ def decoding(lab):
     rate = (terms["L_T"] + functional.pad(terms["L_{t-1}"], (1, 0)).flip(0).cumsum(0)).cpu()
     labels = ("reverse steps", "rate, bits/dim", "distortion, RMSE of 255")
     figure, axes = lab.plot.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
-    for ax, x, y in zip(axes, (range(len(rmse)), range(len(rmse)), rate), (rmse, rate, rmse)):
+    for ax, x, y in zip(axes, (range(len(rmse)), range(len(rmse)), rate), (rmse, rate, rmse), strict=False):
         ax.plot(x, y)
-    for ax, (x, y) in zip(axes, ((0, 2), (0, 1), (1, 2))):
+    for ax, (x, y) in zip(axes, ((0, 2), (0, 1), (1, 2)), strict=False):
         ax.set(xlabel=labels[x], ylabel=labels[y])
     show_table(
         ["rate, bits/dim", "distortion L_0, bits/dim", "RMSE of 255"],
@@ -666,7 +671,7 @@ def cost(lab):
             seconds[case], peak = fresh.submit(training_cost, *case, lab.device).result()
             peaks[case] = peak / 2**30
     for what, cases in lines.items():
-        for ax, values in zip(axes, (seconds, peaks)):
+        for ax, values in zip(axes, (seconds, peaks), strict=False):
             x = [n * size**2 / 1024 for n, size in cases]
             ax.plot(x, [values[case] for case in cases], "o-", label=f"by {what}")
     rows = [
@@ -714,9 +719,8 @@ def main():
     path = lab.pictures / f"{lab.experiment}.png"
     drawn.save(path) if hasattr(drawn, "save") else drawn.savefig(path, dpi=90)
     print(path)
-    print(
-        f"{(time.perf_counter() - start) / 60:.1f} minutes, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{minutes:.1f} minutes, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":
