@@ -676,8 +676,8 @@ def train(config, checkpoint=None, watch=None):
             if stopped:
                 break
             if rank == 0 and (done == config.steps or done % config.sample_every == 0):
-                (watch or Run.grid)(Run(config, state.ema, diffusion), done)
-                log.restart_clock()
+                with log.pause():
+                    (watch or Run.grid)(Run(config, state.ema, diffusion), done)
 
     # The end, or an interruption
     if dist.is_initialized():
@@ -718,12 +718,11 @@ def prepare_training(config, checkpoint):
 def start_training(config, state, images):
     """Make the run's folder, join the processes, compile the network. Returns the network to call, and the log."""
     rank, _ = rank_and_world_size()
-    device = pick_device(config.device)
     if rank == 0:
         start_folder(Path(config.out), state.step)
         announce(config, state, images)
-    network, control = share_between_processes(state.model, device)
-    network = maybe_compile(config, device, network)
+    network, control = share_between_processes(state.model, images.device)
+    network = maybe_compile(config, images.device, network)
     return network, TrainingLog(config, control)
 
 
@@ -927,7 +926,9 @@ def evaluate(run, count, seed=0):
     # The table: mean ± standard error
     print(f"{len(images)} held-out images of {run.config.data}, in bits/dim:")
     for name, value in terms.items():
-        print(f"  {name:14} {value.mean():.4f} ± {value.std() / len(value) ** 0.5:.4f}")
+        print(
+            f"  {name:14} {value.mean():.4f} ± {value.std(correction=min(1, len(value) - 1)) / len(value) ** 0.5:.4f}"
+        )
     print(f"  rate {rate.mean():.4f}, distortion {bits['L_0'].mean():.4f} (RMSE {rmse:.2f} of 255)")
 
 
@@ -1153,7 +1154,7 @@ class Config:
     # Machine and folder
     bf16: bool = option(None, "compute in bfloat16", shown="where the processor supports it natively")
     compile: bool = option(None, "torch.compile the network, which takes a minute", shown="on CUDA with Triton")
-    device: str = option(None, "cuda, cuda:1 (the second), mps or cpu", shown="the first of these that there is")
+    device: str = option(None, "cuda, cuda:1 (the second), mps or cpu", shown="the first one available")
     out: str = option(None, "the run's folder", shown="runs/<data>; with --resume the newest run in runs/")
 
     def __post_init__(self):
@@ -1545,10 +1546,13 @@ class TrainingState:
         if classes != self.model.num_classes:
             raise ValueError(f"{config.data} has {self.model.num_classes} classes, the run in {config.out} {classes}")
         if step >= config.steps:
-            raise ValueError(f"{config.out} has its {step:,} steps already: --steps N continues to step N")
+            raise ValueError(f"{config.out} has its {step:,} steps already: use --steps N with a larger N")
         for name, part in self.parts().items():
             part.load_state_dict(checkpoint[name])
         self.step = step
+
+        # The checkpoint's rate is that of its own number of steps, which --steps may have changed.
+        self.optimizer.param_groups[0]["lr"] = config.lr * learning_rate(config, step)
 
     def save(self, step):
         """Write checkpoint.pt."""
@@ -1633,10 +1637,14 @@ class TrainingLog:
         self.config = config
         self.control = control
         self.history = []
-        self.restart_clock()
-
-    def restart_clock(self):
         self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Context manager for what is not counted as training."""
+        paused = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - paused
 
     def add(self, loss, gradient_norm):
         self.history.append(torch.stack([loss.detach(), gradient_norm]))
@@ -1651,7 +1659,6 @@ class TrainingLog:
             losses /= world_size
         self.check_finite(losses, norms, done)
 
-        # The line
         now = time.perf_counter()
         speed = len(self.history) * self.config.batch_size / (now - self.since)
         lr = self.config.lr * learning_rate(self.config, done - 1)
@@ -1659,7 +1666,6 @@ class TrainingLog:
             with open(Path(self.config.out) / "log.csv", "a") as file:
                 file.write(f"{done},{losses.mean():.6f},{norms.mean():.4f},{lr:.3g},{speed:.0f}\n")
 
-        # A new start
         self.since = now
         self.history.clear()
         return losses.mean()
@@ -1808,6 +1814,8 @@ def load_initial_weights(model, config):
     start, _ = load_published(config.weights)
     if start.image_channels != model.image_channels:
         raise ValueError(f"{config.data} has {model.image_channels} channels, {config.weights} {start.image_channels}")
+    if config.variance == "learned_range":
+        raise ValueError(f"variance can't be learned_range with --weights: {config.weights} has no output for v")
     model.load_state_dict(start.state_dict())
 
 
@@ -2159,13 +2167,13 @@ def main(arguments=None):
         line = f"error: {error}"
     except KeyboardInterrupt as interruption:
         status = 130
-        line = interruption or "interrupted"
+        line = str(interruption) or "interrupted"
     except torch.OutOfMemoryError as error:
         status = 2
         line = f"error: {str(error).split('. ')[0]}; a smaller --batch-size or --sampling-batch needs less"
     except torch._dynamo.exc.TorchDynamoException as error:
         status = 2
-        line = f"error: torch.compile fails ({in_one_line(error)}); --no-compile does without"
+        line = f"error: torch.compile fails ({in_one_line(error)}); use --no-compile"
     print(f"ddpm.py: {line}", file=sys.stderr)
     sys.exit(status)
 

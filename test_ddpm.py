@@ -33,6 +33,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -2671,9 +2672,9 @@ def test_the_log_holds_means(folder):
 
 
 def test_the_log_and_the_bar_count_images(folder, monkeypatch):
-    """With a clock that advances two seconds whenever it is read, two steps of 8 images are 16 images in 2 s; a grid's
-    time does not count. The bar is given images, and where a resumed run stands."""
-    bars, clock = [], iter(range(0, 10**6, 2))
+    """With a clock on which a step takes a second and a grid a hundred, two steps of 8 images are 16 images in 2 s: the
+    time of a grid does not count, wherever it is drawn. The bar is given images, and where a resumed run stands."""
+    bars, clock, p_losses = [], [0.0], ddpm.GaussianDiffusion.p_losses
 
     class Bar:
         def __init__(self, *_, **how):
@@ -2692,10 +2693,14 @@ def test_the_log_and_the_bar_count_images(folder, monkeypatch):
         def set_postfix(self, loss):
             self.loss = float(loss)
 
-    monkeypatch.setattr(ddpm.time, "perf_counter", lambda: next(clock))
+    def advance(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(ddpm.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(ddpm, "tqdm", Bar)
-    monkeypatch.setattr(ddpm.Run, "grid", lambda run, step: ddpm.time.perf_counter())
-    train(steps=4, sample_every=2)
+    monkeypatch.setattr(ddpm.GaussianDiffusion, "p_losses", lambda *batch: (advance(1), p_losses(*batch))[1])
+    monkeypatch.setattr(ddpm.Run, "grid", lambda run, step: advance(100))
+    train(steps=4, sample_every=3)
     assert cli("--train", "--resume", "--steps", 6) == 0
     rows = [row.split(",") for row in Path("runs/digits/log.csv").read_text().splitlines()[1:]]
     assert [(row[0], row[4]) for row in rows] == [("2", "8"), ("4", "8"), ("6", "8")]
@@ -2779,6 +2784,19 @@ def test_resuming_without_a_checkpoint_is_refused(folder):
     assert not Path("nowhere").exists()
 
 
+def test_a_run_resumed_with_more_steps_takes_their_learning_rate_at_once(folder, monkeypatch):
+    """The linear decay of a finished run ends at 0. Resumed with twice the steps, the very next step has the rate of
+    the longer run, as the log says."""
+    train(steps=2, lr=2e-3)
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, *_: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    assert cli("--train", "--resume", "--steps", 4, "--log-every", 1) == 0
+    assert rates == pytest.approx([2e-3 * (1 - 2 / 4), 2e-3 * (1 - 3 / 4)])
+    assert log_of("runs/digits")[-2:, 3] == pytest.approx(rates)
+
+
 def test_a_resumed_run_takes_what_may_change_and_keeps_the_rest(folder, monkeypatch):
     """On --resume, --steps and the intervals are the command line's, the other settings the run's."""
     before = train(steps=2, lr=2e-3, lr_decay="constant", out="run")["config"]
@@ -2816,6 +2834,17 @@ def test_a_signal_ends_training_after_its_step(at, status, number, folder, monke
     assert bool(message and re.search(how, message[0])) == (status == 130)
     assert len(list(folder.glob("grid*"))) == at - 1
     assert cli("--train", "--resume", "--steps", 4) == 0
+
+
+def test_an_interruption_elsewhere_is_one_line(folder, monkeypatch, capsys):
+    """Ctrl-C while the data are loaded: exit status 130."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ddpm, "load_data", interrupted)
+    assert cli("--train", *flags(TINY)) == 130
+    assert capsys.readouterr().err == "ddpm.py: interrupted\n"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder, monkeypatch, capsys):
@@ -2890,17 +2919,18 @@ def test_files_are_written_whole_or_not_at_all(folder):
 
 @pytest.fixture
 def start():
-    """start(*arguments) runs ddpm.py in a process of its own. It is killed, with its children, when the test ends."""
+    """start(*arguments) runs ddpm.py in a process of its own, with torchrun=True in two. Processes are killed, with
+    their children, when the test ends."""
     processes = []
 
-    def start(*arguments, torchrun=False):
+    def start(*arguments, torchrun=False, environment=None):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if torchrun else []
         process = subprocess.Popen(
-            [sys.executable, *launcher, HERE / "ddpm.py", "--device", "cpu", *map(str, arguments)],
+            [sys.executable, *launcher, HERE / "ddpm.py", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             start_new_session=True,
         )
         processes.append(process)
@@ -2925,12 +2955,12 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_a_run_killed_again_and_again_ends_the_same_to_the_bit(folder, start):
-    """SIGKILL at random moments of a run that saves after every step, then --resume: there is always a checkpoint that
-    loads, and at the end the weights are those of an uninterrupted run. Twice; DDPM_TEST_KILLS=20 for twenty times."""
-    how = {**TINY, "lr_decay": "constant", "sample_every": 10**6}
+def test_a_killed_run_resumes_to_the_same_bits(folder, start):
+    """SIGKILL at a random moment of a run that saves after every step, then --resume: there is a checkpoint that loads,
+    and at the end the weights are those of an uninterrupted run. Once; DDPM_TEST_KILLS=20 for twenty times in a row."""
+    how = {**TINY, "lr_decay": "constant", "sample_every": 10**6, "device": "cpu"}
     command = ["--train", *flags({**how, "steps": 10**6, "checkpoint_every": 1, "out": "cut"})]
-    for moment in np.random.default_rng(SEED).uniform(0.1, 0.6, int(os.environ.get("DDPM_TEST_KILLS", 2))):
+    for moment in np.random.default_rng(SEED).uniform(0.1, 0.6, int(os.environ.get("DDPM_TEST_KILLS", 1))):
         process = start(*command)
         process.stdout.readline()  # the announcement: training begins
         wait_for(Path("cut/checkpoint.pt").exists, process)
@@ -2938,7 +2968,7 @@ def test_a_run_killed_again_and_again_ends_the_same_to_the_bit(folder, start):
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert read("cut")["step"] > 0
-        command = ["--train", "--resume", "--out", "cut"]
+        command = ["--train", "--resume", "--device", "cpu", "--out", "cut"]
     steps = read("cut")["step"] + 3
     assert cli("--train", "--resume", "--out", "cut", "--steps", steps) == 0
     whole, cut = train(**{**how, "steps": steps, "out": "whole"}), read("cut")
@@ -2950,41 +2980,36 @@ def test_a_run_killed_again_and_again_ends_the_same_to_the_bit(folder, start):
 
 
 def test_two_processes_are_algorithm_1_too(folder, start):
-    """torchrun with two processes: each draws its half of the batch from a seed of its own, gradients and the logged
-    loss are means over both, and rank 0 alone writes and prints. One process resumes their run, and their samples are
-    those of one process to the byte."""
+    """Two processes, with the environment that torchrun gives them: each draws its half of the batch from a seed of its
+    own, gradients and the logged loss are means over both, and rank 0 alone writes and prints. Their samples are those
+    of one process to the byte. One process resumes their run."""
 
     def both(*arguments):
-        process = start(*arguments, torchrun=True)
-        said, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert "images/s" not in errors  # no bars without a terminal
-        assert "batches" not in errors
-        return said.splitlines()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes = [start(*arguments, environment=dict(common, RANK=rank, LOCAL_RANK=rank)) for rank in "01"]
+        outputs = [process.communicate(timeout=120) for process in processes]
+        for process, (_, errors) in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, errors
+            assert "images/s" not in errors  # no bars without a terminal
+            assert "batches" not in errors
+        assert not outputs[1][0]
+        return outputs[0][0].splitlines()
 
-    said = both("--train", *flags({**TINY, **EVERYTHING, "steps": 3, "out": "two"}))
+    said = both("--train", *flags({**TINY, **EVERYTHING, "steps": 3, "out": "two", "device": "cpu"}))
     assert [line.split(" ")[0] for line in said] == ["1,618", "the", "next:"]
     assert_trained_as_algorithm_1(read("two"), "two", processes=2)
-
-    assert cli("--train", "--resume", "--steps", 4, "--out", "two") == 0
-    assert read("two")["step"] == 4
-    sampling = [
-        "--sample",
-        7,
-        "--sampling-batch",
-        2,
-        "--sampling-steps",
-        4,
-        "--out",
-        "two",
-        "--individual",
-        "--no-bf16",
-    ]
+    sampling = ["--sample", 7, "--sampling-batch", 2, "--sampling-steps", 4, "--out", "two", "--individual"]
+    sampling += ["--no-bf16", "--device", "cpu"]
     assert both(*sampling) == ["two/samples.png", "two/individual"]
     files = [Path("two/samples.png"), *(Path(f"two/individual/{i:05}.png") for i in range(7))]
     shared = [path.read_bytes() for path in files]
     assert cli(*sampling) == 0
     assert shared == [path.read_bytes() for path in files]
+    assert cli("--train", "--resume", "--steps", 4, "--out", "two") == 0
+    assert read("two")["step"] == 4
 
 
 def test_each_process_has_its_own_batch(folder, monkeypatch):
@@ -3029,7 +3054,7 @@ def test_processes_use_nccl_between_gpus_and_gloo_otherwise(device, backend, mon
 def test_a_signal_to_one_of_two_processes_stops_both(folder, start):
     """SIGTERM to rank 1 alone: both stop after the same step, which rank 0 saves, the job fails, and one process
     resumes from the checkpoint."""
-    job = start("--train", *flags({**TINY, "steps": 10**6, "checkpoint_every": 5}), torchrun=True)
+    job = start("--train", *flags({**TINY, "steps": 10**6, "checkpoint_every": 5, "device": "cpu"}), torchrun=True)
     wait_for(Path("runs/digits/checkpoint.pt").exists, job)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     (rank_1,) = (int(child) for child in children if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes())
@@ -3479,6 +3504,8 @@ def test_training_starts_from_published_weights(folder, capsys):
     assert "digits has 1 channels, coloured 3" in capsys.readouterr().err
     assert cli("--train", "--weights", "small", "--dim", 64, "--steps", 1) == 2
     assert "--dim" in capsys.readouterr().err
+    assert cli("--train", "--weights", "small", "--variance", "learned_range", "--steps", 1) == 2
+    assert "learned_range" in capsys.readouterr().err
     assert not Path("runs").exists()
     how = dict(steps=1, lr=0, batch_size=2, weights="small", sample_every=1000, timesteps=50, seed=SEED)
     assert cli("--train", *flags(how)) == 0
@@ -3715,6 +3742,56 @@ def test_an_exported_run_is_the_same_function_in_diffusers(settings, folder):
     pipeline = diffusers.DDPMPipeline.from_pretrained("exported")
     pipeline.set_progress_bar_config(disable=True)
     assert np.isfinite(pipeline(1, num_inference_steps=50, output_type="np").images).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(schedule="cosine", variance="fixed_small")], ids=["linear", "cosine"]
+)
+def test_an_exported_run_is_sampled_from_as_the_run_is(settings, folder):
+    """--sample --weights FOLDER draws with the schedule and the variance that were exported, by both samplers: the same
+    images as from the run. An empty folder may exist before."""
+    make_run("runs/digits", conditional=False, dim=16, attn_resolutions=(8,), **settings)
+    Path("exported").mkdir()
+    assert cli("--export", "exported") == 0
+    for sampler in ("ddim", "ddpm"):
+        how = ["--sample", 3, "--sampler", sampler, "--sampling-steps", 5, "--no-bf16"]
+        assert cli(*how, "--out", "runs/digits") == 0
+        assert cli(*how, "--weights", "exported", "--out", "again") == 0
+        assert Path("again/samples.png").read_bytes() == Path("runs/digits/samples.png").read_bytes()
+
+
+LINEAR = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+F_20 = [math.cos((t / 20 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(21)]
+COSINE_BETAS = [min(1 - b / a, 0.999) for a, b in zip(F_20, F_20[1:], strict=False)]
+
+
+@pytest.mark.parametrize(
+    "scheduler, want",
+    [
+        (None, {}),
+        (LINEAR, dict(timesteps=1000, schedule="linear", variance="fixed_small")),  # the default of diffusers
+        (dict(LINEAR, variance_type="fixed_large"), dict(timesteps=1000, schedule="linear", variance="fixed_large")),
+        (
+            dict(LINEAR, num_train_timesteps=20, trained_betas=COSINE_BETAS),
+            dict(timesteps=20, schedule="cosine", variance="fixed_small"),
+        ),
+        (dict(LINEAR, prediction_type="v_prediction"), "prediction_type can't be 'v_prediction'"),
+        (dict(LINEAR, beta_schedule="scaled_linear"), "schedule"),
+        (dict(LINEAR, beta_end=0.03), "neither the linear nor the cosine"),
+        (dict(LINEAR, variance_type="fixed_small_log"), "fixed_small_log"),
+        (dict(LINEAR, num_train_timesteps="many"), "scheduler_config.json"),
+    ],
+)
+def test_the_schedule_of_published_weights(scheduler, want, tmp_path):
+    """scheduler_config.json gives T, the schedule and the variance; without it nothing is changed. What a Config can't
+    describe is refused with the reason."""
+    if scheduler is not None:
+        (tmp_path / "scheduler_config.json").write_text(json.dumps(scheduler))
+    if isinstance(want, dict):
+        assert ddpm.published_schedule(tmp_path) == want
+    else:
+        with pytest.raises(ValueError, match=want):
+            ddpm.published_schedule(tmp_path)
 
 
 # ---- 20. What is refused ---------------------------------------------------------------------------------------------
