@@ -139,10 +139,9 @@ class GaussianDiffusion(nn.Module):
     # -- Training loss --
     def p_losses(self, model, x_start, t, noise=None):
         """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14). A
-        learned variance adds 0.001 L_vlb, with no gradient through ε_θ, so that the bound trains v only (L_hybrid,
-        Improved DDPM Eq. 16). loss="bound" is L itself in bits/dim, without the constant L_T (Eq. 5); with a fixed
-        variance it weights L_simple as in Eq. 12 for paper t > 1. Both bounds are unbiased only if t is drawn
-        uniformly."""
+        learned variance adds 0.001 L_vlb without gradient through ε_θ: the bound trains v only (L_hybrid, Improved DDPM
+        Eq. 16). loss="bound" is L in bits/dim without the constant L_T (Eq. 5), which for a fixed variance and paper
+        t > 1 weights L_simple as in Eq. 12. Both bounds are unbiased only if t is drawn uniformly."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         predicted_noise, v = self._predict(model, x_t, t)
