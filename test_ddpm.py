@@ -2917,6 +2917,27 @@ def test_files_are_written_whole_or_not_at_all(folder):
     assert path.read_bytes() == b"new"
 
 
+def test_folders_are_written_whole_or_not_at_all(folder):
+    """write_folder replaces a folder; what an interrupted write left is not taken over; when saving fails, the old folder
+    stays and nothing is left beside it."""
+    path = folder / "images"
+    (folder / "images.part").mkdir()
+    (folder / "images.part" / "left.png").touch()
+    ddpm.write_folder(path, lambda new: (new / "1.png").touch())
+    assert [p.name for p in path.iterdir()] == ["1.png"]
+    ddpm.write_folder(path, lambda new: (new / "2.png").touch())
+    assert [p.name for p in path.iterdir()] == ["2.png"]
+
+    def interrupted(new):
+        (new / "3.png").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ddpm.write_folder(path, interrupted)
+    assert [p.name for p in path.iterdir()] == ["2.png"]
+    assert [p.name for p in folder.iterdir()] == ["images"]
+
+
 @pytest.fixture
 def start():
     """start(*arguments) runs ddpm.py in a process of its own, with torchrun=True in two. Processes are killed, with
