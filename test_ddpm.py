@@ -2918,8 +2918,8 @@ def test_files_are_written_whole_or_not_at_all(folder):
 
 
 def test_folders_are_written_whole_or_not_at_all(folder):
-    """write_folder replaces a folder; what an interrupted write left is not taken over; when saving fails, the old folder
-    stays and nothing is left beside it."""
+    """write_folder replaces a folder. What an interrupted write left is not taken over. When saving fails, the old
+    folder stays and nothing is left beside it."""
     path = folder / "images"
     (folder / "images.part").mkdir()
     (folder / "images.part" / "left.png").touch()
@@ -3031,6 +3031,14 @@ def test_two_processes_are_algorithm_1_too(folder, start):
     assert shared == [path.read_bytes() for path in files]
     assert cli("--train", "--resume", "--steps", 4, "--out", "two") == 0
     assert read("two")["step"] == 4
+
+
+def test_a_batch_is_shared_evenly_or_refused(folder, monkeypatch):
+    """Seven images between two processes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="batch_size 7 .*2 processes"):
+        ddpm.train(ddpm.preset("digits", batch_size=7))
+    assert not list(folder.iterdir())
 
 
 def test_each_process_has_its_own_batch(folder, monkeypatch):
