@@ -1809,6 +1809,15 @@ def read(out):
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
 
 
+def same(a, b):
+    """Equal to the bit, tensors included."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "out")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
 def log_of(out):
     """The rows of log.csv as floats, without images_per_second."""
     header, *rows = Path(out, "log.csv").read_text().splitlines()
@@ -2358,13 +2367,20 @@ def test_a_folder_of_images(tmp_path):
     assert ddpm.load_data(str(tmp_path / "cats" / "deep"), 8)[1] is None
 
 
-def test_images_are_cropped_at_the_centre_and_turned_upright(tmp_path):
-    """The middle of a wide image and of a tall one; the orientation that a camera wrote into EXIF is applied."""
+def test_images_are_cropped_averaged_and_turned_upright(tmp_path):
+    """The middle of a wide image and of a tall one; pixels are averaged when an image is made smaller; the orientation
+    that a camera wrote into EXIF is applied."""
     for name, size, box in (("wide", (30, 10), (0, 0, 10, 10)), ("tall", (10, 30), (0, 0, 10, 10))):
         image = Image.new("RGB", size, "black")
         image.paste("white", box)
         image.save(tmp_path / f"{name}.png")
     assert (ddpm.load_data(str(tmp_path), 10)[0] == 0).all()
+    stripes = np.zeros((40, 40), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    grey = ddpm.load_data(str(tmp_path), 10)[0][0]
+    assert (grey[:, 2:-2, 2:-2].int() - 127).abs().max() <= 1  # averaged, not picked
+    (tmp_path / "stripes.png").unlink()
     image = Image.new("RGB", (10, 10), "black")
     image.paste("white", (0, 0, 10, 5))  # white above, as the sensor saw it
     exif = Image.Exif()
@@ -2641,15 +2657,6 @@ def test_a_preset_yields_to_what_is_given():
 
 
 # ---- 16. Runs: log, checkpoints, resuming ----------------------------------------------------------------------------
-
-
-def same(a, b):
-    """Equal to the bit, tensors included."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "out")
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def test_training_is_reproducible_to_the_bit(folder):
