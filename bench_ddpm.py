@@ -1,20 +1,23 @@
-"""How fast ddpm.py is, what share of the machine that is, and what the paper's experiments show.
+"""The experiments of the paper with ddpm.py, and how fast ddpm.py is.
 
-    python bench_ddpm.py NAME       # an experiment of the paper or an exercise of the tutorial; --help lists them
-    pytest bench_ddpm.py            # timings on CPU, and CUDA where there is one; a table at the end
-    pip install diffusers           # adds the same network and steps of diffusers, timed in turn with ours
+    python bench_ddpm.py NAME       # an experiment: prints a table, writes an image, or both; figures need matplotlib
+    python bench_ddpm.py --list     # the names of the experiments; --help shows the options
+    pytest bench_ddpm.py            # timings on the CPU, and on CUDA if available; needs pytest-benchmark
+    pip install diffusers           # optional: adds timings of the same network and steps in diffusers
 
-Every share is measured within the run: floating-point operations a second, counted by torch, over the rate of a large
-matrix product on the same device in the same precision, bfloat16 where ddpm.py would compute in it. A ratio to
-diffusers, which computes as it comes, eagerly in float32, is the median of its times over the median of ours, taken
-alternately. Absolute times depend on the machine and on what else it does; shares and ratios hardly do.
+The first half of the file holds the experiments: the paper's tables and figures, and the exercises of README.
+
+The second half holds the timings. Each is a median, and is also reported relative to what the machine can do in the
+same run. "of the matrix rate" is the number of floating-point operations per second, counted by torch, divided by that
+of a large matrix product on the same device in the same precision (bfloat16 where ddpm.py would use it). "diffusers'
+time / ours" divides medians measured alternately; diffusers runs with its defaults, eager and in float32. Times depend
+on the machine and its load; these two ratios hardly do.
 """
 
 import argparse
 import csv
 import dataclasses
 import functools
-import importlib
 import multiprocessing
 import resource
 import statistics
@@ -23,293 +26,54 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from scipy import linalg
 from torch import nn
-from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import ddpm
 
-BATCH = {("digits", "cpu"): 128, ("cifar10", "cpu"): 2, ("digits", "cuda"): 2048, ("cifar10", "cuda"): 128}
-HEADING = ("what", "network", "device", "milliseconds", "images/s", "of the matrix rate", "diffusers' time / ours")
-ROWS = []
+# ======================================================================================================================
+# Experiments: python bench_ddpm.py NAME
+# ======================================================================================================================
 
 
-@pytest.fixture(scope="module", autouse=True)
-def table(request):
-    """Memory is kept as ddpm.py's command line keeps it, for diffusers too; one table when all is done."""
-    ddpm.keep_freed_memory()
-    request.config._benchmarksession.quiet = True
-    yield
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n")
-        for row in [HEADING, ["-" * 14, "-" * 7, "-" * 6, *["---:"] * 4], *ROWS]:
-            print("| {:14} | {:7} | {:6} | {:>12} | {:>10} | {:>18} | {:>22} |".format(*row))
+@dataclasses.dataclass
+class Settings:
+    """The settings of an experiment. Every field is a flag of the command line."""
+
+    data: str = ddpm.option("digits", "digits, mnist, fashion_mnist or cifar10")
+    steps: int = ddpm.option(500, "training steps where networks are compared", 1)
+    seeds: tuple = ddpm.option((0, 1, 2), "seeds of these trainings", 0, 2**32 - 1)
+    seed: int = ddpm.option(0, "seed of samples and of everything else that is random", 0, 2**32 - 1)
+    samples: int = ddpm.option(1797, "samples that a distance is measured on", 2)
+    batch: int = ddpm.option(600, "samples drawn at once", 1)
+    held_out: int = ddpm.option(180, "held-out images whose bits/dim are measured", 1)
+    device: str = ddpm.option(None, "cuda, mps or cpu", shown="the first one available")
+    pictures: str = ddpm.option("runs", "folder that NAME.png is written to")
+
+    def __post_init__(self):
+        ddpm.check_options(self, ddpm.as_flag)
 
 
-def clock(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# ---- Runs, images and samples ----------------------------------------------------------------------------------------
 
 
-def timed(work, device):
-    start = clock(device)
-    work()
-    return clock(device) - start
+def load_images(settings, split=None):
+    """The images of the data set, uint8 (N, C, H, W): all of them, or those of a split ("train", "test")."""
+    images, _ = ddpm.load_data(settings.data, ddpm.preset(settings.data).image_size, split=split)
+    return images
 
 
-def autocast(name, device):
-    """The precision that training and sampling have on the device."""
-    return ddpm.autocast(ddpm.preset(name), torch.device(device))
-
-
-@functools.cache
-def matrix_rate(name, device):
-    """Floating-point operations a second of a matrix product, the best of 20."""
-    n = 8192 if device == "cuda" else 1536
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    with autocast(name, device):
-        dtype = (a @ b).dtype
-    a, b = a.to(dtype), b.to(dtype)
-    return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(20))
-
-
-def flops(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-@functools.cache
-def network(name, device):
-    """The network, and the run that draws from it as --sample does: on CUDA compiled."""
-    torch.manual_seed(0)
-    channels, classes = (1, 10) if name == "digits" else (3, None)
-    model, diffusion = ddpm.build(ddpm.preset(name), channels, classes)
-    return model, ddpm.Run.ready(ddpm.preset(name), model, diffusion, torch.device(device))
-
-
-@functools.cache
-def peer(name, device):
-    """diffusers' U-Net of the same shape, or None where it is not installed."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        return None
-    torch.manual_seed(0)
-    digits = dict(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=64,
-        norm_num_groups=8,
-        num_class_embeds=11,
-    )
-    cifar10 = dict(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        attention_head_dim=None,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        dropout=0.1,
-    )
-    return UNet2DModel(**(digits if name == "digits" else cifar10)).to(device)
-
-
-def batch(name, device):
-    n, size = BATCH[name, device], 8 if name == "digits" else 32
-    x = torch.randn(n, 1 if name == "digits" else 3, size, size, device=device)
-    t = torch.randint(1000, (n,), device=device)
-    return x, t, torch.randint(10, (n,), device=device) if name == "digits" else None
-
-
-def record(benchmark, what, name, device, work, operations=0, other=None, rounds=9):
-    """Time work, and in turn with it other, and add a row to the table."""
-    theirs = []
-
-    def before():
-        if other:
-            theirs.append(timed(other, device))
-        return (), {}
-
-    benchmark.pedantic(lambda: timed(work, device), setup=before, rounds=rounds, warmup_rounds=1 if rounds > 1 else 0)
-    seconds, n = benchmark.stats.stats.median, BATCH[name, device]
-    share = f"{operations / seconds / matrix_rate(name, device):.0%}" if operations else ""
-    ratio = f"{statistics.median(theirs) / seconds:.2f}" if other else ""
-    ROWS.append(
-        [
-            what,
-            name,
-            device,
-            f"{1000 * seconds:,.{2 if seconds < 1 else 0}f}",
-            f"{n / seconds:,.{'0f' if n > 10 * seconds else '2g'}}",
-            share,
-            ratio,
-        ]
-    )
-    benchmark.extra_info.update(zip(HEADING, ROWS[-1], strict=False))
-
-
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it where there is one")
-on_all = pytest.mark.parametrize(
-    "name, device",
-    [
-        ("digits", "cpu"),
-        ("cifar10", "cpu"),
-        pytest.param("digits", "cuda", marks=NO_CUDA),
-        pytest.param("cifar10", "cuda", marks=NO_CUDA),
-    ],
-)
-
-
-@on_all
-def test_q_sample(benchmark, name, device):
-    x, t, _ = batch(name, device)
-    noise, diffusion = torch.randn_like(x), network(name, device)[1].diffusion
-    record(benchmark, "q_sample", name, device, lambda: diffusion.q_sample(x, t, noise), rounds=50)
-
-
-@on_all
-def test_forward(benchmark, name, device):
-    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
-    with torch.no_grad():
-        record(
-            benchmark,
-            "network",
-            name,
-            device,
-            autocast(name, device)(lambda: run.model(x, t, y)),
-            flops(lambda: model(x, t, y)),
-            other and (lambda: other(x, t, y)),
-        )
-
-
-@on_all
-def test_training_step(benchmark, name, device):
-    """Forward, backward, clipping and Adam: what Algorithm 1 costs."""
-    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
-    compiled = ddpm.maybe_compile(ddpm.preset(name), torch.device(device), model.train())
-
-    def loss(network):
-        with autocast(name, device):
-            return run.diffusion.p_losses(functools.partial(network, y=y), x, t)
-
-    def step(parameters, optimizer, loss):
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    ours = torch.optim.Adam(model.parameters(), 0.0, fused=True)
-    theirs = other and torch.optim.AdamW(other.parameters(), 0.0)
-    record(
-        benchmark,
-        "training step",
-        name,
-        device,
-        lambda: step(model.parameters(), ours, loss(compiled)),
-        flops(lambda: step(model.parameters(), ours, loss(model))),
-        other and (lambda: step(other.parameters(), theirs, (other(x, t, y).sample - x).square().mean())),
-    )
-    model.eval()
-
-
-@on_all
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_one_step(benchmark, name, device, sampler):
-    """One reverse step, network included, against diffusers' network and scheduler."""
-    (x, t, y), (model, run), other = batch(name, device), network(name, device), peer(name, device)
-    given, time_ = autocast(name, device)(functools.partial(run.model, y=y)), torch.full_like(t, 499)
-    if other:
-        from diffusers import DDIMScheduler, DDPMScheduler
-
-        scheduler = DDPMScheduler(1000) if sampler == "ddpm" else DDIMScheduler(1000, timestep_spacing="trailing")
-        scheduler.set_timesteps(50 if sampler == "ddim" else 1000)
-    work = (
-        (lambda: run.diffusion.p_sample(given, x, 499))
-        if sampler == "ddpm"
-        else (lambda: run.diffusion.ddim_sample(given, x, 499, 479))
-    )
-    with torch.no_grad():
-        record(
-            benchmark,
-            f"one {sampler.upper()} step",
-            name,
-            device,
-            work,
-            flops(lambda: model(x, t, y)),
-            other and (lambda: scheduler.step(other(x, time_, y).sample, 499, x)),
-        )
-
-
-@on_all
-@pytest.mark.parametrize("steps", [10, 50, 1000])
-def test_sampling_end_to_end(benchmark, name, device, steps):
-    """From x_T to x_0 by DDIM. The last column is the time of the loop over that of the network's calls in it."""
-    (x, t, y), (model, run) = batch(name, device), network(name, device)
-    given, inside, whole = autocast(name, device)(functools.partial(run.model, y=y)), [], []
-
-    def watched(x_t, t):
-        start = clock(device)
-        prediction = given(x_t, t)
-        inside.append(clock(device) - start)
-        return prediction
-
-    def loop():
-        whole.append(timed(lambda: run.diffusion.ddim_sample_loop(watched, x.shape, steps, noise=x), device))
-
-    with torch.no_grad():
-        operations = steps * flops(lambda: model(x, t, y))
-    record(benchmark, f"DDIM, S = {steps}", name, device, loop, operations, rounds=1 if steps == 1000 else 5)
-    ROWS[-1][-1] = f"loop / network = {sum(whole) / sum(inside):.3f}"
-
-
-# ---- The paper's experiments and the tutorial's exercises: python bench_ddpm.py NAME ---------------------------------
-
-
-def base(lab):
-    """The run that `python ddpm.py --train --data …` makes; it is made if it is not there yet."""
-    return finished(ddpm.preset(lab.data, device=lab.device))
-
-
-def trained(lab, seed, **changes):
-    """A run with these changes to the data set's preset and the experiment's budget; how far its samples are from the
-    data, four times on its way, goes to curve.csv."""
-    name = "-".join([lab.data, str(lab.steps), *(f"{value or 'none'}" for value in changes.values()), f"seed{seed}"])
-    budget = dict(steps=lab.steps, sample_every=max(1, lab.steps // 4), log_every=max(1, lab.steps // 20))
-    config = ddpm.preset(
-        lab.data,
-        **changes,
-        **budget,
-        seed=seed,
-        device=lab.device,
-        out=f"runs/experiments/{name}",
-    )
-
-    images = real(lab)
-
-    def watch(run, step):
-        far = frechet(draw(lab, run, sampling_steps=20), images)
-        with open(Path(config.out) / "curve.csv", "w" if step == config.sample_every else "a") as file:
-            file.write(f"{step},{far}\n")
-
-    return finished(config, watch)
-
-
-def finished(config, watch=None):
-    """The run of a config: read if it is done, gone on with if it was interrupted."""
+def read_or_train(config, watch=None):
+    """The run of a Config: read if it is complete, resumed if it was interrupted, else trained. watch is that of
+    ddpm.train. Raises ValueError if its folder holds a run with another Config."""
     checkpoint = None
     if (Path(config.out) / "checkpoint.pt").exists():
         checkpoint = ddpm.read_checkpoint(config.out)
@@ -320,407 +84,969 @@ def finished(config, watch=None):
     return ddpm.Run.read(config.out, config.device)
 
 
-def real(lab, split=None):
-    return ddpm.load_data(lab.data, ddpm.preset(lab.data).image_size, split=split)[0]
+def base_run(settings):
+    """The run that `python ddpm.py --train --data …` makes, with the preset of the data set."""
+    return read_or_train(ddpm.preset(settings.data, device=settings.device))
 
 
-def draw(lab, run, count=None, labels=None, diffusion=None, **how):
-    """Samples, uint8 (N, C, H, W), every class in turn unless given labels; diffusion in place of the run's."""
-    count = count or lab.samples
-    labels = run.labels(count) if labels is None else labels
-    if diffusion:
-        run = dataclasses.replace(run, diffusion=diffusion.to(run.device))
-    parts = []
-    for i in tqdm(range(0, count, lab.batch), unit=" batches", leave=False, disable=None):
-        part = None if labels is None else labels[i : i + lab.batch]
-        x = ddpm.last(run.trajectory(min(lab.batch, count - i), part, ddpm.derive_seed(lab.seed, "sampling", i), **how))
-        parts.append(ddpm.to_pixels(x).cpu())
-    return torch.cat(parts)
+def short_run(settings, seed, **changes):
+    """A run of settings.steps steps with these changes to the preset of the data set. Four times during training, the
+    Fréchet distance of its samples to the data is written to curve.csv in its folder."""
+    # The Config, and a folder named after it
+    values = [str(value or "none") for value in changes.values()]
+    name = "-".join([settings.data, str(settings.steps), *values, f"seed{seed}"])
+    config = ddpm.preset(
+        settings.data,
+        **changes,
+        steps=settings.steps,
+        sample_every=max(1, settings.steps // 4),
+        log_every=max(1, settings.steps // 20),
+        seed=seed,
+        device=settings.device,
+        out=f"runs/experiments/{name}",
+    )
+
+    # Training, with the distances
+    images = load_images(settings)
+
+    def write_distance(run, step):
+        distance = frechet_distance(draw(settings, run, sampling_steps=20), images)
+        mode = "w" if step == config.sample_every else "a"
+        with open(Path(config.out) / "curve.csv", mode) as file:
+            file.write(f"{step},{distance}\n")
+
+    return read_or_train(config, write_distance)
+
+
+def short_runs(settings, **changes):
+    """Short runs with these changes, one for each seed."""
+    return [short_run(settings, seed, **changes) for seed in settings.seeds]
+
+
+def read_log(out, column):
+    """The steps and one column of log.csv in the folder of a run, as two lists."""
+    with open(Path(out) / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    values = [float(row[column]) for row in rows]
+    return steps, values
+
+
+def read_curve(run):
+    """The steps and the Fréchet distances in curve.csv of a short run, as two lists."""
+    with open(Path(run.config.out) / "curve.csv") as file:
+        rows = list(csv.reader(file))
+    steps = [int(step) for step, _ in rows]
+    distances = [float(distance) for _, distance in rows]
+    return steps, distances
 
 
 def with_variance(run, variance):
-    """The run's diffusion with another σ_t² of the two fixed ones."""
-    return ddpm.build_diffusion(dataclasses.replace(run.config, variance=variance))
+    """The same run with another σ_t² of the reverse process."""
+    diffusion = ddpm.build_diffusion(dataclasses.replace(run.config, variance=variance))
+    return dataclasses.replace(run, diffusion=diffusion.to(run.device))
 
 
-def frechet(a, b):
-    """‖m − m'‖² + tr(S + S' − 2 (S S')^½) between Gaussians fitted to the pixels of two sets, uint8 (N, C, H, W), which
-    are averaged down to 8×8 where they are larger. (The FID is this on the features of an Inception network.)"""
+def draw(settings, run, count=None, labels=None, **options):
+    """Draw count samples (default: settings.samples) in batches, with the options of Run.trajectory. labels is (count,)
+    (default: every class in turn, if the network has labels). Returns uint8 (count, C, H, W) on the CPU."""
+    if count is None:
+        count = settings.samples
+    if labels is None:
+        labels = run.labels(count)
 
-    def fitted(pixels):
-        x = ddpm.to_model(pixels)
-        x = x if x.shape[-1] <= 8 else functional.adaptive_avg_pool2d(x, 8)
-        x = x.flatten(1).double().numpy()
-        return x.mean(0), numpy.cov(x.T)
-
-    (m, s), (n, r) = fitted(a), fitted(b)
-    root = linalg.eigvals(s @ r).real.clip(0) ** 0.5
-    return float(((m - n) ** 2).sum() + numpy.trace(s + r) - 2 * root.sum())
-
-
-def bits(lab, run, diffusion=None):
-    """bits_per_dim of held-out pictures, averaged over them."""
-    x = ddpm.to_model(real(lab, "test")[: lab.held_out].to(run.device))
-    diffusion = (diffusion or run.diffusion).to(run.device)
-    generator = torch.Generator(run.device).manual_seed(lab.seed)
-    return {name: terms.mean(0) for name, terms in diffusion.bits_per_dim(run.model, x, generator=generator).items()}
+    batches = []
+    for start in tqdm(range(0, count, settings.batch), unit=" batches", leave=False, disable=None):
+        size = min(settings.batch, count - start)
+        batch_labels = None
+        if labels is not None:
+            batch_labels = labels[start : start + size]
+        seed = ddpm.derive_seed(settings.seed, "sampling", start)
+        x = ddpm.last(run.trajectory(size, batch_labels, seed, **options))
+        batches.append(ddpm.to_pixels(x).cpu())
+    return torch.cat(batches)
 
 
-def spread(values, digits=3):
-    """Mean ± standard deviation over the seeds."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+# ---- Measures --------------------------------------------------------------------------------------------------------
 
 
-def show_table(heading, rows):
-    for row in [heading, ["---"] * len(heading), *rows]:
-        print("| " + " | ".join(map(str, row)) + " |")
+def fit_gaussian(pixels):
+    """The mean (D,) and the covariance (D, D) of images, uint8 (N, C, H, W), scaled to [−1, 1] and, if they are larger
+    than 8×8, averaged down to that size."""
+    x = ddpm.to_model(pixels)
+    if x.shape[-1] > 8:
+        x = F.adaptive_avg_pool2d(x, 8)
+    x = x.flatten(1).double().numpy()
+    return x.mean(0), np.cov(x.T)
 
 
-def column(out, name):
-    """A column of the log.csv in a run's folder, with the steps."""
-    with open(Path(out) / "log.csv") as file:
-        rows = list(csv.DictReader(file))
-    return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+def frechet_distance(pixels1, pixels2):
+    """‖m₁ − m₂‖² + tr(S₁ + S₂ − 2 (S₁ S₂)^½) between Gaussians fitted to two sets of images, in squared pixel values on
+    the [−1, 1] scale. (The FID is the same for the features of an Inception network.)"""
+    mean1, covariance1 = fit_gaussian(pixels1)
+    mean2, covariance2 = fit_gaussian(pixels2)
+    root_eigenvalues = linalg.eigvals(covariance1 @ covariance2).real.clip(0) ** 0.5
+    squared_distance = ((mean1 - mean2) ** 2).sum()
+    return float(squared_distance + np.trace(covariance1 + covariance2) - 2 * root_eigenvalues.sum())
 
 
-def curve(run):
-    return zip(
-        *(map(float, line.split(",")) for line in (Path(run.config.out) / "curve.csv").read_text().split()),
-        strict=False,
+def measure_bits(settings, run):
+    """The terms of GaussianDiffusion.bits_per_dim in bits/dim, averaged over held-out images."""
+    pixels = load_images(settings, "test")[: settings.held_out]
+    x_start = ddpm.to_model(pixels.to(run.device))
+    generator = torch.Generator(run.device).manual_seed(settings.seed)
+    terms = run.diffusion.bits_per_dim(run.model, x_start, generator=generator)
+    return {name: values.mean(0) for name, values in terms.items()}
+
+
+def variance_within_classes(pixels, labels):
+    """The variance of images about the mean of their class, on the [−1, 1] scale, summed over pixels and averaged over
+    classes."""
+    variances = []
+    for label in labels.unique():
+        x = ddpm.to_model(pixels[labels == label])
+        variances.append(x.var(0).sum().item())
+    return statistics.mean(variances)
+
+
+def train_classifier(settings):
+    """A small convolutional network that classifies images scaled to [−1, 1], trained on the images that the diffusion
+    is trained on. Prints its accuracy on held-out images. Returns a function from images to logits."""
+    image_size = ddpm.preset(settings.data).image_size
+    images, labels = ddpm.load_data(settings.data, image_size, split="train")
+    test_images, test_labels = ddpm.load_data(settings.data, image_size, split="test")
+
+    # Network; a batch of two sets the input sizes of the lazy layers
+    torch.manual_seed(settings.seed)
+    network = nn.Sequential(
+        nn.LazyConv2d(32, 3, padding=1),
+        nn.ReLU(),
+        nn.LazyConv2d(64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.LazyConv2d(64, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.4),
+        nn.LazyLinear(128),
+        nn.ReLU(),
+        nn.Dropout(0.4),
+        nn.Linear(128, int(labels.max()) + 1),
     )
-
-
-def draw_curves(axes, groups):
-    """Loss and distance against steps: a line a group, a thin one a seed."""
-    for colour, (name, runs) in zip(("C0", "C1", "C2"), groups.items(), strict=False):
-        for ax, lines in zip(
-            axes, ([column(run.config.out, "loss") for run in runs], [tuple(curve(run)) for run in runs]), strict=False
-        ):
-            for steps, values in lines:
-                ax.plot(steps, values, colour, alpha=0.3, lw=1)
-            ax.plot(lines[0][0], numpy.mean([values for _, values in lines], 0), colour, label=name)
-    for ax, title in zip(axes, ("training loss, L_simple", "Fréchet distance"), strict=False):
-        ax.set(xlabel="step", title=title, yscale="log")
-
-
-def schedules(lab):
-    """Exercise 1: the cosine schedule against the linear one."""
-    groups = {name: [trained(lab, seed, schedule=name) for seed in lab.seeds] for name in ("linear", "cosine")}
-    figure, axes = lab.plot.subplots(1, 4, figsize=(12, 2.6), layout="constrained")
-    rows = []
-    for name, runs in groups.items():
-        alphas_cumprod = runs[0].diffusion.alphas_cumprod.cpu()
-        axes[0].plot(alphas_cumprod, label=name)
-        axes[1].plot(alphas_cumprod / (1 - alphas_cumprod), label=name)
-        far = [list(curve(run))[1] for run in runs]
-        nll = [bits(lab, run)["total"].item() for run in runs]
-        rows.append([name, *(spread(each) for each in zip(*far, strict=False)), spread(nll)])
-    axes[0].set(xlabel="t", title="ᾱ_t")
-    axes[1].set(xlabel="t", title="signal to noise, ᾱ_t/(1 − ᾱ_t)", yscale="log")
-    draw_curves(axes[2:], groups)
-    axes[0].legend()
-    steps = [f"distance, {int(step)} steps" for step in next(curve(runs[0]))]
-    show_table(["schedule", *steps, "bits/dim"], rows)
-    return figure
-
-
-def attention(lab):
-    """Exercise 2: the network with self-attention, and without any."""
-    with_it = ddpm.preset(lab.data).attn_resolutions
-    groups = {
-        "with attention": [trained(lab, seed, schedule="linear") for seed in lab.seeds],
-        "without": [trained(lab, seed, attn_resolutions=()) for seed in lab.seeds],
-    }
-    rows = []
-    for name, runs in groups.items():
-        parameters = f"{sum(p.numel() for p in runs[0].model.parameters()):,}"
-        loss = [statistics.mean(column(run.config.out, "loss")[1][-5:]) for run in runs]
-        far = [list(curve(run))[1][-1] for run in runs]
-        rows.append([name, parameters, spread(loss, 4), spread(far)])
-    figure, axes = lab.plot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    draw_curves(axes, groups)
-    axes[0].legend()
-    show_table([f"at {with_it} pixels and in the middle", "parameters", "loss, last quarter", "distance"], rows)
-    return figure
-
-
-def guidance(lab):
-    """Exercise 3: what classifier-free guidance buys and costs, judged by a classifier trained on the real pictures."""
-    run = base(lab)
-    if not run.model.num_classes:
-        raise ValueError(f"{lab.data} was learned without labels: guidance needs --data digits")
-    judge = classifier(lab)
-    images, labels = ddpm.load_data(lab.data, run.config.image_size)
-    scales, agreement, diversity, far, examples = (0, 0.5, 1, 2, 4, 8), [], [], [], []
-    asked, one_each = run.labels(lab.samples), torch.arange(run.model.num_classes)
-    variance = within(images, labels)
-    for w in scales:
-        pixels = draw(lab, run, guidance=w)
-        agreement.append((judge(ddpm.to_model(pixels)).argmax(1) == asked).float().mean().item())
-        diversity.append(within(pixels, asked) / variance)
-        far.append(frechet(pixels, images))
-        examples.append(draw(lab, run, run.model.num_classes, one_each, guidance=w))
-    rows = [
-        [w, f"{a:.1%}", f"{d:.2f}", f"{f:.3f}"] for w, a, d, f in zip(scales, agreement, diversity, far, strict=False)
-    ]
-    show_table(["w", "agrees with the label", "variance within a class, real = 1", "distance"], rows)
-    figure, (left, *others) = lab.plot.subplots(
-        1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=[1, 1.3, 1.3]
-    )
-    grid = ddpm.make_grid_image(torch.stack(examples, 1).flatten(0, 1), len(scales))
-    left.imshow(grid, cmap="gray")
-    left.set(xlabel="w", yticks=[])
-    left.set_xticks([(i + 0.5) * grid.width / len(scales) for i in range(len(scales))], scales)
-    curves = {"agrees with the label, %": [100 * a for a in agreement], "Fréchet distance": far}
-    for ax, (title, values) in zip(others, curves.items(), strict=False):
-        ax.plot(diversity, values, "o-")
-        for w, x, y in zip(scales, diversity, values, strict=False):
-            ax.annotate(f"{w}", (x, y), (3, 4), textcoords="offset points")
-        ax.set(xlabel="variance within a class, real = 1", title=title)
-    return figure
-
-
-def within(pixels, labels):
-    """The variance of pictures about the mean of their class, summed over pixels."""
-    return statistics.mean(ddpm.to_model(pixels[labels == k]).var(0).sum().item() for k in labels.unique())
-
-
-def classifier(lab):
-    """A small convolutional network trained on the real pictures that diffusion trains on."""
-    (images, labels), (held_out, answers) = (
-        ddpm.load_data(lab.data, ddpm.preset(lab.data).image_size, split=split) for split in ("train", "test")
-    )
-    torch.manual_seed(lab.seed)
-    layers = [nn.LazyConv2d(32, 3, padding=1), nn.ReLU(), nn.LazyConv2d(64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.LazyConv2d(64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.4), nn.LazyLinear(128)]
-    network = nn.Sequential(*layers, nn.ReLU(), nn.Dropout(0.4), nn.Linear(128, int(labels.max()) + 1))
     network(ddpm.to_model(images[:2]))
+
+    # Training, with noise added to the images
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     for _ in tqdm(range(1500), unit=" steps", leave=False, disable=None):
         chosen = torch.randint(len(images), (64,))
         x = ddpm.to_model(images[chosen])
-        functional.cross_entropy(network(x + 0.05 * torch.randn_like(x)), labels[chosen]).backward()
+        logits = network(x + 0.05 * torch.randn_like(x))
+        F.cross_entropy(logits, labels[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    network = torch.no_grad()(network.eval().forward)
-    right = (network(ddpm.to_model(held_out)).argmax(1) == answers).float().mean()
-    print(f"the classifier is right on {right:.1%} of {len(answers):,} held-out real pictures")
-    return network
+
+    # Accuracy
+    classify = torch.no_grad()(network.eval().forward)
+    predicted = classify(ddpm.to_model(test_images)).argmax(1)
+    accuracy = (predicted == test_labels).float().mean()
+    print(f"the classifier is right on {accuracy:.1%} of {len(test_labels):,} held-out real images")
+    return classify
 
 
-def steps(lab):
-    """Exercise 4: DDIM and Algorithm 2 in S steps, the quality and the time of each (DDIM's Table 1)."""
-    run, images = base(lab), real(lab)
-    leading = with_variance(run, "fixed_large")
-    leading.ddim_timesteps = lambda s: list(range(0, leading.timesteps, leading.timesteps // s))[s - 1 :: -1]
-    small, large = with_variance(run, "fixed_small"), with_variance(run, "fixed_large")
-    kinds = {
-        "η = 0": dict(eta=0.0),
-        "η = 0.5": dict(eta=0.5),
-        "η = 1, β̃_t": dict(sampler="ddpm", diffusion=small),
-        "β_t": dict(sampler="ddpm", diffusion=large),
-        "β_t, times that end at t = 0": dict(sampler="ddpm", diffusion=leading),
+# ---- Tables and figures ----------------------------------------------------------------------------------------------
+# An experiment makes its figure first, so that a missing matplotlib is reported before anything is computed.
+
+
+def make_figure(columns, width, height, **settings):
+    """A matplotlib figure, its size in inches, with a row of so many axes. Raises ValueError without matplotlib."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("figures need matplotlib: pip install matplotlib") from None
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", **settings)
+
+
+def plot_training(axes, groups):
+    """Plot training loss and Fréchet distance against steps on two axes, for lists of runs by name: a thin line for
+    each run, a thick one for the mean of each list."""
+    for i, (name, runs) in enumerate(groups.items()):
+        losses = [read_log(run.config.out, "loss") for run in runs]
+        distances = [read_curve(run) for run in runs]
+        for ax, curves in zip(axes, (losses, distances), strict=True):
+            for steps, values in curves:
+                ax.plot(steps, values, f"C{i}", alpha=0.3, lw=1)
+            mean = np.mean([values for _, values in curves], axis=0)
+            ax.plot(steps, mean, f"C{i}", label=name)
+    axes[0].set(xlabel="step", title="training loss, L_simple", yscale="log")
+    axes[1].set(xlabel="step", title="Fréchet distance", yscale="log")
+
+
+def mean_and_deviation(values, digits=3):
+    """Mean ± standard deviation over the seeds, as text."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def print_table(heading, rows):
+    """Print a table in Markdown."""
+    for row in [heading, ["---"] * len(heading), *rows]:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+# ---- Exercises -------------------------------------------------------------------------------------------------------
+# An experiment prints its table and returns what is written to NAME.png: a matplotlib figure or a PIL image.
+
+
+def schedules(settings):
+    """Exercise 1: the linear and the cosine schedule; Fréchet distance during training, and bits/dim."""
+    figure, axes = make_figure(4, 12, 2.6)
+    groups = {
+        "linear": short_runs(settings, schedule="linear"),
+        "cosine": short_runs(settings, schedule="cosine"),
     }
-    counts = [s for s in (5, 10, 20, 50, 100, 250, 1000) if s <= run.diffusion.timesteps]
-    far, seconds = {kind: [] for kind in kinds}, []
-    for s in counts:
-        for kind, how in kinds.items():
+
+    rows = []
+    for name, runs in groups.items():
+        curves = [read_curve(run) for run in runs]
+        steps = curves[0][0]
+        distances = zip(*(distances for _, distances in curves), strict=True)
+        bits = [measure_bits(settings, run)["total"].item() for run in runs]
+        rows.append([name, *map(mean_and_deviation, distances), mean_and_deviation(bits)])
+
+        alphas_cumprod = runs[0].diffusion.alphas_cumprod.cpu()
+        axes[0].plot(alphas_cumprod, label=name)
+        axes[1].plot(alphas_cumprod / (1 - alphas_cumprod), label=name)
+
+    axes[0].set(xlabel="t", title="ᾱ_t")
+    axes[0].legend()
+    axes[1].set(xlabel="t", title="signal to noise, ᾱ_t/(1 − ᾱ_t)", yscale="log")
+    plot_training(axes[2:], groups)
+    print_table(["schedule", *(f"distance, {step} steps" for step in steps), "bits/dim"], rows)
+    return figure
+
+
+def attention(settings):
+    """Exercise 2: with and without self-attention; number of parameters, training loss, Fréchet distance."""
+    figure, axes = make_figure(2, 7, 2.6)
+    groups = {
+        "with attention": short_runs(settings, schedule="linear"),  # the preset itself; the runs of schedules
+        "without": short_runs(settings, attn_resolutions=()),
+    }
+
+    rows = []
+    for name, runs in groups.items():
+        parameters = sum(parameter.numel() for parameter in runs[0].model.parameters())
+        losses = []
+        distances = []
+        for run in runs:
+            _, loss = read_log(run.config.out, "loss")
+            _, distance = read_curve(run)
+            losses.append(statistics.mean(loss[-5:]))
+            distances.append(distance[-1])
+        rows.append([name, f"{parameters:,}", mean_and_deviation(losses, 4), mean_and_deviation(distances)])
+
+    plot_training(axes, groups)
+    axes[0].legend()
+    sizes = ", ".join(f"{size}×{size}" for size in ddpm.preset(settings.data).attn_resolutions)
+    print_table([f"attention at {sizes}", "parameters", "loss, last quarter", "distance"], rows)
+    return figure
+
+
+def guidance(settings):
+    """Exercise 3: classifier-free guidance for w = 0 to 8; agreement with the label, diversity, Fréchet distance.
+
+    Agreement is the percentage of samples whose label a classifier trained on real images predicts. Diversity is the
+    variance within a class, divided by that of real images."""
+    figure, axes = make_figure(3, 9, 3.2, width_ratios=[1, 1.3, 1.3])
+    run = base_run(settings)
+    classes = run.model.num_classes
+    if not classes:
+        raise ValueError(f"{settings.data} was learned without labels: guidance needs --data digits")
+    classify = train_classifier(settings)
+
+    # Samples for each w
+    images, image_labels = ddpm.load_data(settings.data, run.config.image_size)
+    real_variance = variance_within_classes(images, image_labels)
+    labels = run.labels(settings.samples)
+    scales = (0, 0.5, 1, 2, 4, 8)
+    agreements = []
+    diversities = []
+    distances = []
+    examples = []
+    for scale in scales:
+        pixels = draw(settings, run, guidance=scale)
+        predicted = classify(ddpm.to_model(pixels)).argmax(1)
+        agreements.append((predicted == labels).float().mean().item())
+        diversities.append(variance_within_classes(pixels, labels) / real_variance)
+        distances.append(frechet_distance(pixels, images))
+        examples.append(draw(settings, run, classes, torch.arange(classes), guidance=scale))
+
+    # Table
+    rows = []
+    for scale, agreement, diversity, distance in zip(scales, agreements, diversities, distances, strict=True):
+        rows.append([scale, f"{agreement:.1%}", f"{diversity:.2f}", f"{distance:.3f}"])
+    print_table(["w", "agrees with the label", "variance within a class, real = 1", "distance"], rows)
+
+    # Figure: a sample of each class, in a column for each w; agreement and distance against diversity
+    grid = ddpm.make_grid_image(torch.stack(examples, 1).flatten(0, 1), len(scales))
+    axes[0].imshow(grid, cmap="gray")
+    axes[0].set(xlabel="w", yticks=[])
+    axes[0].set_xticks([(i + 0.5) * grid.width / len(scales) for i in range(len(scales))], scales)
+    percentages = [100 * agreement for agreement in agreements]
+    axes[1].set(title="agrees with the label, %")
+    axes[2].set(title="Fréchet distance")
+    for ax, values in zip(axes[1:], (percentages, distances), strict=True):
+        ax.plot(diversities, values, "o-")
+        for scale, diversity, value in zip(scales, diversities, values, strict=True):
+            ax.annotate(f"{scale}", (diversity, value), (3, 4), textcoords="offset points")
+        ax.set(xlabel="variance within a class, real = 1")
+    return figure
+
+
+class LeadingTimesteps(ddpm.GaussianDiffusion):
+    """A diffusion with the papers' spacing of S timesteps, multiples of ⌊T/S⌋ from 0, instead of ddpm.py's, which
+    starts at T−1."""
+
+    def ddim_timesteps(self, steps):
+        stride = self.timesteps // steps
+        return [i * stride for i in range(steps - 1, -1, -1)]
+
+
+def sampling_steps(settings):
+    """Exercise 4: DDIM and Algorithm 2 in S steps; Fréchet distance, and seconds (DDIM's Table 1)."""
+    figure, ax = make_figure(1, 5, 3)
+    run = base_run(settings)
+    timesteps = run.diffusion.timesteps
+
+    # The samplers
+    betas = ddpm.linear_beta_schedule(timesteps, *ddpm.linear_ends(timesteps))
+    leading = dataclasses.replace(run, diffusion=LeadingTimesteps(betas, "fixed_large").to(run.device))
+    samplers = {
+        "η = 0": (run, dict(eta=0.0)),
+        "η = 0.5": (run, dict(eta=0.5)),
+        "η = 1, β̃_t": (with_variance(run, "fixed_small"), dict(sampler="ddpm")),
+        "β_t": (with_variance(run, "fixed_large"), dict(sampler="ddpm")),
+        "β_t, times that end at t = 0": (leading, dict(sampler="ddpm")),
+    }
+
+    # Distances of all, and the seconds of the first
+    images = load_images(settings)
+    counts = [count for count in (5, 10, 20, 50, 100, 250, 1000) if count <= timesteps]
+    distances = {name: [] for name in samplers}
+    seconds = []
+    for count in counts:
+        for name, (sampled_run, options) in samplers.items():
             start = time.perf_counter()
-            far[kind].append(frechet(draw(lab, run, sampling_steps=s, **how), images))
-            if kind == "η = 0":
+            pixels = draw(settings, sampled_run, sampling_steps=count, **options)
+            if name == "η = 0":
                 seconds.append(time.perf_counter() - start)
-    rows = [
-        [s, *(f"{far[kind][i]:.3f}" for kind in kinds), f"{seconds[i]:.1f}", f"{seconds[-1] / seconds[i]:.1f}×"]
-        for i, s in enumerate(counts)
-    ]
-    show_table(["S", *kinds, f"seconds for {lab.samples:,} (η = 0)", "faster"], rows)
-    figure, ax = lab.plot.subplots(figsize=(5, 3), layout="constrained")
-    for kind, values in far.items():
-        ax.plot(counts, values, "o-", label=kind)
+            distances[name].append(frechet_distance(pixels, images))
+
+    # Table
+    rows = []
+    for i, count in enumerate(counts):
+        row = [f"{distances[name][i]:.3f}" for name in samplers]
+        rows.append([count, *row, f"{seconds[i]:.1f}", f"{seconds[-1] / seconds[i]:.1f}×"])
+    print_table(["S", *samplers, f"seconds for {settings.samples:,} (η = 0)", "faster"], rows)
+
+    # Figure
+    for name, values in distances.items():
+        ax.plot(counts, values, "o-", label=name)
     ax.set(xscale="log", yscale="log", xlabel="S, network calls a sample", ylabel="Fréchet distance")
     ax.legend()
     return figure
 
 
-def objectives(lab):
-    """Table 1 and 2: the bound L, L_simple, and L_hybrid with a learned variance: bits against samples."""
-    kinds = {
+# ---- The paper's tables and figures ----------------------------------------------------------------------------------
+
+
+def objectives(settings):
+    """Tables 1 and 2: L, L_simple and L_hybrid; bits/dim, and Fréchet distance with few steps."""
+    figure, (left, right) = make_figure(2, 8, 2.8)
+    few_steps = (10, 20, 50)
+    images = load_images(settings)
+
+    # Changes to the preset, and σ_t² of the reverse process
+    objectives = {
         "L, β_t": (dict(loss="bound"), "fixed_large"),
         "L_simple, β_t": (dict(schedule="linear"), "fixed_large"),
         "L_simple, β̃_t": (dict(schedule="linear"), "fixed_small"),
         "L_hybrid, learned": (dict(variance="learned_range"), "learned_range"),
     }
-    few, rows, images = (10, 20, 50), [], real(lab)
-    figure, (left, right) = lab.plot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
-    for name, (changes, variance) in kinds.items():
-        results, each_t = [], []
-        for seed in lab.seeds:
-            run = trained(lab, seed, **changes)
-            diffusion = with_variance(run, variance)
-            terms = bits(lab, run, diffusion)
-            ancestral = functools.partial(draw, lab, run, diffusion=diffusion, sampler="ddpm")
-            far = [frechet(ancestral(sampling_steps=s), images) for s in few]
-            results.append([terms["total"].item(), terms["L_{t-1}"].sum().item(), terms["L_0"].item(), *far])
-            each_t.append(torch.cat([terms["L_0"][None], terms["L_{t-1}"]]).cpu())
-        columns = list(zip(*results, strict=False))
-        rows.append([name, *(spread(values) for values in columns)])
-        left.plot(range(1, run.diffusion.timesteps + 1), torch.stack(each_t).mean(0), label=name)
-        right.plot(few, [statistics.mean(values) for values in columns[3:]], "o-", label=name)
+    rows = []
+    for name, (changes, variance) in objectives.items():
+        results = []
+        terms_by_t = []
+        for seed in settings.seeds:
+            run = with_variance(short_run(settings, seed, **changes), variance)
+            bits = measure_bits(settings, run)
+            result = [bits["total"].item(), bits["L_{t-1}"].sum().item(), bits["L_0"].item()]
+            for steps in few_steps:
+                pixels = draw(settings, run, sampler="ddpm", sampling_steps=steps)
+                result.append(frechet_distance(pixels, images))
+            results.append(result)
+            terms_by_t.append(torch.cat([bits["L_0"][None], bits["L_{t-1}"]]).cpu())
+
+        # A list of all seeds' values for each column of the table
+        columns = list(zip(*results, strict=True))
+        rows.append([name, *map(mean_and_deviation, columns)])
+        left.plot(range(1, run.diffusion.timesteps + 1), torch.stack(terms_by_t).mean(0), label=name)
+        right.plot(few_steps, [statistics.mean(distances) for distances in columns[3:]], "o-", label=name)
+
     left.set(xscale="log", yscale="log", xlabel="t", title="the bound's term at t, bits/dim")
     right.set(xscale="log", yscale="log", xlabel="S", title="Fréchet distance, Algorithm 2 in S steps")
     right.legend()
-    show_table(["loss, σ_t²", "NLL ≤, bits/dim", "L_1 … L_{T−1}", "L_0", *(f"distance, S = {s}" for s in few)], rows)
+    heading = ["loss, σ_t²", "NLL ≤, bits/dim", "L_1 … L_{T−1}", "L_0"]
+    print_table([*heading, *(f"distance, S = {steps}" for steps in few_steps)], rows)
     return figure
 
 
-def decoding(lab):
-    """Fig. 5: rate and distortion as sampling goes on, and one against the other."""
-    run = base(lab)
-    terms = bits(lab, run)
-    rmse = 127.5 * terms["squared_error"].sqrt().flip(0).cpu()
-    rate = (terms["L_T"] + functional.pad(terms["L_{t-1}"], (1, 0)).flip(0).cumsum(0)).cpu()
-    labels = ("reverse steps", "rate, bits/dim", "distortion, RMSE of 255")
-    figure, axes = lab.plot.subplots(1, 3, figsize=(10, 2.6), layout="constrained")
-    for ax, x, y in zip(axes, (range(len(rmse)), range(len(rmse)), rate), (rmse, rate, rmse), strict=False):
-        ax.plot(x, y)
-    for ax, (x, y) in zip(axes, ((0, 2), (0, 1), (1, 2)), strict=False):
-        ax.set(xlabel=labels[x], ylabel=labels[y])
-    show_table(
-        ["rate, bits/dim", "distortion L_0, bits/dim", "RMSE of 255"],
-        [[f"{rate[-1]:.3f}", f"{terms['L_0']:.3f}", f"{rmse[-1]:.2f}"]],
-    )
+def decoding(settings):
+    """Fig. 5: rate in bits/dim, and distortion as the root mean square error of x̂_0 on the 0…255 scale."""
+    figure, axes = make_figure(3, 10, 2.6)
+    run = base_run(settings)
+    bits = measure_bits(settings, run)
+
+    # In the order of the reverse process, from t = T−1 to 0; the last step sends nothing, since L_0 is the distortion.
+    rmse = 127.5 * bits["squared_error"].sqrt().flip(0).cpu()
+    sent = F.pad(bits["L_{t-1}"], (1, 0)).flip(0)
+    rate = (bits["L_T"] + sent.cumsum(0)).cpu()
+
+    steps = range(len(rmse))
+    axes[0].plot(steps, rmse)
+    axes[0].set(xlabel="reverse steps", ylabel="distortion, RMSE of 255")
+    axes[1].plot(steps, rate)
+    axes[1].set(xlabel="reverse steps", ylabel="rate, bits/dim")
+    axes[2].plot(rate, rmse)
+    axes[2].set(xlabel="rate, bits/dim", ylabel="distortion, RMSE of 255")
+    row = [f"{rate[-1]:.3f}", f"{bits['L_0']:.3f}", f"{rmse[-1]:.2f}"]
+    print_table(["rate, bits/dim", "distortion L_0, bits/dim", "RMSE of 255"], [row])
     return figure
 
 
-def progress(lab):
-    """§2 and Fig. 6 as strips: x_0 drowning in noise; x_t coming out of it; and x̂_0, what the network makes of x_t."""
-    run, images, rows = base(lab), real(lab), 4
-    last = run.diffusion.timesteps - 1
-    shown = [round(last * i / 11) for i in range(12)]
-    x_start = ddpm.to_model(images[:: len(images) // rows][:rows]).to(run.device)
-    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(lab.seed)).to(run.device)
-    forwards = [run.diffusion.q_sample(x_start, t, noise) for t in shown]
-    model, labels = run.model, torch.arange(rows, device=run.device) * 3 + 1
+def progress(settings):
+    """§2 and Fig. 6: four real images diffused to x_T, four samples denoised from x_T, and their x̂_0.
+
+    Twelve values of t, evenly spaced from 0 to T−1, are shown from left to right; from T−1 to 0 for the samples."""
+    run = base_run(settings)
+    images = load_images(settings)
+    count = 4
+    last_t = run.diffusion.timesteps - 1
+    shown = [round(last_t * i / 11) for i in range(12)]
+
+    # Forwards, with the same noise at every t
+    x_start = ddpm.to_model(images[:: len(images) // count][:count]).to(run.device)
+    noise = torch.randn(x_start.shape, generator=torch.Generator().manual_seed(settings.seed)).to(run.device)
+    diffused = [run.diffusion.q_sample(x_start, t, noise) for t in shown]
+
+    # Backwards: Algorithm 2
+    model = run.model
     if run.model.num_classes:
+        labels = torch.arange(count, device=run.device) * 3 + 1
         model = ddpm.classifier_free_guidance(run.model, labels % run.model.num_classes, 0)
-    torch.manual_seed(lab.seed)
-    x_t, backwards, guesses = torch.randn_like(x_start), [], []
+    torch.manual_seed(settings.seed)
+    x_t = torch.randn_like(x_start)
+    denoised = []
+    predicted = []
     with torch.no_grad():
-        for t in reversed(range(last + 1)):
+        for t in range(last_t, -1, -1):
             if t in shown:
-                backwards.append(x_t)
-                guesses.append(run.diffusion.p_mean_variance(model, x_t, t)[3])
+                _, _, _, pred_x_start = run.diffusion.p_mean_variance(model, x_t, t)
+                denoised.append(x_t)
+                predicted.append(pred_x_start)
             x_t = run.diffusion.p_sample(model, x_t, t)
-    backwards[-1] = x_t
-    strips = [torch.stack(strip, 1).flatten(0, 1) for strip in (forwards, backwards, guesses)]
-    return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(strips)), len(shown))
+    denoised[-1] = x_t
+
+    # A row for each image, first those of the forward process
+    rows = [torch.stack(columns, 1).flatten(0, 1) for columns in (diffused, denoised, predicted)]
+    return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(rows)), len(shown))
 
 
-DEPTHS = (999, 750, 500, 250, 125)
+SHARED_T = (999, 750, 500, 250, 125)
 
 
-def sharing(lab):
-    """Fig. 7: samples that share x_t, a row for each t: x_0, x_t, and eight pictures that p_θ makes of it."""
-    run, images, rows = base(lab), real(lab), []
+def sharing(settings):
+    """Fig. 7: samples that share x_t. Each row has another t: x_0, x_t, and eight samples of p_θ from x_t."""
+    run = base_run(settings)
+    images = load_images(settings)
     x_start = ddpm.to_model(images[len(images) // 3][None]).to(run.device)
-    for t in DEPTHS:
-        torch.manual_seed(lab.seed)
+
+    rows = []
+    for t in SHARED_T:
+        torch.manual_seed(settings.seed)
         x_t = run.diffusion.q_sample(x_start, t)
-        x = ddpm.last(run.diffusion.p_sample_steps(run.model, x_t.expand(8, *x_t.shape[1:]), t))
-        rows.append(torch.cat([x_start, x_t, x]))
+        copies = x_t.expand(8, -1, -1, -1)
+        samples = ddpm.last(run.diffusion.p_sample_steps(run.model, copies, t))
+        rows.append(torch.cat([x_start, x_t, samples]))
     return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(rows)), 10)
 
 
-def interpolation(lab):
-    """Fig. 8: between two real pictures, λ from 0 to 1, a row for each depth t."""
-    run, images, rows = base(lab), real(lab), []
-    a, b = (ddpm.to_model(images[i][None]).to(run.device) for i in (len(images) // 3, len(images) * 3 // 4))
+def interpolation(settings):
+    """Fig. 8: interpolation between two real images. Each row has another t: one image, λ = 0 to 1, the other."""
+    run = base_run(settings)
+    images = load_images(settings)
+    image_a = ddpm.to_model(images[len(images) // 3][None]).to(run.device)
+    image_b = ddpm.to_model(images[len(images) * 3 // 4][None]).to(run.device)
     weights = torch.linspace(0, 1, 9, device=run.device).reshape(-1, 1, 1, 1)
-    for t in DEPTHS:
-        torch.manual_seed(lab.seed)
-        many, noise = (9, *a.shape[1:]), torch.randn_like(a)
-        x = run.diffusion.interpolate(run.model, a.expand(many), b.expand(many), t, weights, noise.expand(many))
-        rows.append(torch.cat([a, x, b]))
+
+    rows = []
+    for t in SHARED_T:
+        torch.manual_seed(settings.seed)
+        noise = torch.randn_like(image_a)
+        copies_a, copies_b, noises = (x.expand(len(weights), -1, -1, -1) for x in (image_a, image_b, noise))
+        mixtures = run.diffusion.interpolate(run.model, copies_a, copies_b, t, weights, noises)
+        rows.append(torch.cat([image_a, mixtures, image_b]))
     return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(rows)), 11)
 
 
-def training_cost(batch, size, device):
-    """Seconds and peak bytes of a step of ddpm.train, the paper's settings but for the batch and the pictures' size."""
+# ---- The cost of training --------------------------------------------------------------------------------------------
+
+
+def training_cost(batch_size, image_size, device):
+    """Seconds and peak memory in bytes of a step of ddpm.train with the paper's network. To be called in a new process:
+    on a CPU, the peak is that of the whole process."""
     ddpm.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(4):
-            noise = torch.randint(256, (3, size, size), dtype=torch.uint8)
-            to_pil_image(noise).save(Path(folder) / f"{i}.png")
-        shape = dict(data=folder, image_size=size, batch_size=batch, device=device)
-        config = dataclasses.replace(ddpm.preset("cifar10"), **shape, steps=3, log_every=1, out=f"{folder}/run")
+            pixels = torch.randint(256, (3, image_size, image_size), dtype=torch.uint8)
+            to_pil_image(pixels).save(Path(folder) / f"{i}.png")
+        config = dataclasses.replace(
+            ddpm.preset("cifar10"),
+            data=folder,
+            image_size=image_size,
+            batch_size=batch_size,
+            steps=3,
+            log_every=1,
+            device=device,
+            out=f"{folder}/run",
+        )
         out = ddpm.train(config, watch=lambda run, step: None)
-        seconds = batch / column(out, "images_per_second")[1][-1]
+        _, images_per_second = read_log(out, "images_per_second")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if ddpm.pick_device(device).type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated()
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = torch.cuda.max_memory_allocated()
+    return batch_size / images_per_second[-1], peak
 
 
-def cost(lab):
-    """What a training step of the paper's network costs, in time and in memory, by batch and by pixels."""
-    figure, axes = lab.plot.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
-    lines = {"batch": [(16, 32), (32, 32), (64, 32), (128, 32)], "size": [(16, 16), (16, 32), (16, 64)]}
-    seconds, peaks = {}, {}
-    for case in sorted({*lines["batch"], *lines["size"]}):  # each in a process of its own, which alone knows its peak
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            seconds[case], peak = fresh.submit(training_cost, *case, lab.device).result()
-            peaks[case] = peak / 2**30
-    for what, cases in lines.items():
-        for ax, values in zip(axes, (seconds, peaks), strict=False):
-            x = [n * size**2 / 1024 for n, size in cases]
-            ax.plot(x, [values[case] for case in cases], "o-", label=f"by {what}")
-    rows = [
-        [n, f"{size}×{size}", f"{seconds[n, size]:.2f}", f"{1000 * seconds[n, size] / n:.0f}", f"{peak:.2f}"]
-        for (n, size), peak in peaks.items()
-    ]
-    axes[0].set(xlabel="batch × pixels / 32²", title="seconds a step", xlim=0, ylim=0)
+def cost(settings):
+    """Seconds and peak memory in GiB of a training step of the paper's network, by batch size and by image size."""
+    figure, axes = make_figure(2, 7, 2.6)
+
+    # Batch size and image size of each case, measured in a new process
+    by_batch = [(16, 32), (32, 32), (64, 32), (128, 32)]
+    by_size = [(16, 16), (16, 32), (16, 64)]
+    seconds = {}
+    gibibytes = {}
+    for case in sorted({*by_batch, *by_size}):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            seconds[case], peak = process.submit(training_cost, *case, settings.device).result()
+        gibibytes[case] = peak / 2**30
+
+    # Table
+    rows = []
+    for case, duration in seconds.items():
+        batch_size, image_size = case
+        milliseconds = 1000 * duration / batch_size
+        size = f"{image_size}×{image_size}"
+        rows.append([batch_size, size, f"{duration:.2f}", f"{milliseconds:.0f}", f"{gibibytes[case]:.2f}"])
+    print_table(["batch", "pixels", "seconds per step", "milliseconds per image", "peak, GiB"], rows)
+
+    # Figure
+    for name, cases in (("by batch", by_batch), ("by size", by_size)):
+        pixels = [batch_size * image_size**2 / 32**2 for batch_size, image_size in cases]
+        axes[0].plot(pixels, [seconds[case] for case in cases], "o-", label=name)
+        axes[1].plot(pixels, [gibibytes[case] for case in cases], "o-", label=name)
+    axes[0].set(xlabel="batch × pixels / 32²", title="seconds per step", xlim=0, ylim=0)
     axes[1].set(xlabel="batch × pixels / 32²", title="peak memory, GiB", xlim=0, ylim=0)
     axes[0].legend()
-    show_table(["batch", "pixels", "seconds a step", "milliseconds a picture", "peak, GiB"], rows)
     return figure
 
 
-EXPERIMENTS = (schedules, attention, guidance, steps, objectives, decoding, progress, sharing, interpolation, cost)
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = {
+    "schedules": schedules,
+    "attention": attention,
+    "guidance": guidance,
+    "steps": sampling_steps,
+    "objectives": objectives,
+    "decoding": decoding,
+    "progress": progress,
+    "sharing": sharing,
+    "interpolation": interpolation,
+    "cost": cost,
+}
+
+
+def list_experiments():
+    """The name of each experiment and the first line of its docstring, as text."""
+    return "\n".join(f"{name:14} {experiment.__doc__.splitlines()[0]}" for name, experiment in EXPERIMENTS.items())
+
+
+def new_parser():
+    """The argument parser. It reports an error in one line, with exit status 2."""
+    parser = argparse.ArgumentParser(
+        "bench_ddpm.py",
+        description="The paper's experiments and README's exercises: each prints a table, writes NAME.png, or both.",
+        epilog=list_experiments(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = lambda message: parser.exit(2, f"bench_ddpm.py: error: {message}\n")
+    parser.add_argument(
+        "experiment", nargs="?", choices=list(EXPERIMENTS), metavar="NAME", help="one of the list below"
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of the experiments")
+    for field in dataclasses.fields(Settings):
+        flag = ddpm.as_flag(field.name)
+        default = field.metadata["shown"] or ddpm.as_typed(field.default)
+        text = f"{field.metadata['help']} (default: {default})"
+        if field.type is tuple:
+            parser.add_argument(flag, type=int, nargs="+", default=field.default, metavar="N", help=text)
+        else:
+            parser.add_argument(flag, type=field.type, default=field.default, help=text)
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="The paper's experiments and the tutorial's exercises: a table, and a picture.",
-        epilog="\n".join(f"{each.__name__:14} {each.__doc__.splitlines()[0]}" for each in EXPERIMENTS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("experiment", choices=[each.__name__ for each in EXPERIMENTS])
-    parser.add_argument("--data", default="digits", help="digits, mnist, fashion_mnist or cifar10 (digits)")
-    parser.add_argument("--steps", type=int, default=500, help="training steps where networks are compared (500)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings (0 1 2)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (0)")
-    parser.add_argument("--samples", type=int, default=1797, help="samples a distance is measured on (1797)")
-    parser.add_argument("--batch", type=int, default=600, help="samples drawn at once (600)")
-    parser.add_argument("--held-out", type=int, default=180, help="held-out pictures whose bits are measured (180)")
-    parser.add_argument("--device", help="cuda, mps or cpu; unless said, the first of them that is there")
-    parser.add_argument("--pictures", type=Path, default=Path("runs"), help="folder the picture goes to (runs)")
-    parser.error = lambda message: parser.exit(2, f"bench_ddpm.py: error: {message}\n")
-    lab = parser.parse_args()
-    try:
-        lab.plot = importlib.import_module("matplotlib.pyplot")
-    except ImportError:
-        parser.error("the curves are drawn by matplotlib: pip install matplotlib")
+    """Run the command line. User errors end with one line and exit status 2."""
+    parser = new_parser()
+    options = vars(parser.parse_args())
+    name = options.pop("experiment")
+    if options.pop("list"):
+        print(list_experiments())
+        return
+    if name is None:
+        parser.error("the name of an experiment is required; see --list")
+
+    # The experiment
     start = time.perf_counter()
     try:
-        drawn = globals()[lab.experiment](lab)
+        settings = Settings(**options)
+        result = EXPERIMENTS[name](settings)
     except (ValueError, OSError) as error:
         parser.error(error)
-    lab.pictures.mkdir(parents=True, exist_ok=True)
-    path = lab.pictures / f"{lab.experiment}.png"
-    drawn.save(path) if hasattr(drawn, "save") else drawn.savefig(path, dpi=90)
+
+    # Its figure or image
+    path = Path(settings.pictures) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(result, Image.Image):
+        result.save(path)
+    else:
+        result.savefig(path, dpi=90)
     print(path)
     minutes = (time.perf_counter() - start) / 60
     print(f"{minutes:.1f} minutes, torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+# ======================================================================================================================
+# Timings: pytest bench_ddpm.py
+# ======================================================================================================================
+
+# Images in a batch, by network ("cifar10" is the paper's) and device
+BATCH_SIZE = {("digits", "cpu"): 128, ("cifar10", "cpu"): 2, ("digits", "cuda"): 2048, ("cifar10", "cuda"): 128}
+
+# The table that is printed at the end
+HEADING = ["what", "network", "device", "milliseconds", "images/s", "of the matrix rate", "diffusers' time / ours"]
+ALIGNMENT = ["-" * 14, "-" * 7, "-" * 6, "---:", "---:", "---:", "---:"]
+ROWS = []
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run it where there is one")
+on_all = pytest.mark.parametrize(
+    "name, device",
+    [
+        ("digits", "cpu"),
+        ("cifar10", "cpu"),
+        pytest.param("digits", "cuda", marks=needs_cuda),
+        pytest.param("cifar10", "cuda", marks=needs_cuda),
+    ],
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request):
+    """Keep freed memory, as the command line of ddpm.py does, and print the table when all timings are done."""
+    ddpm.keep_freed_memory()
+    request.config._benchmarksession.quiet = True
+    yield
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n")
+        for row in [HEADING, ALIGNMENT, *ROWS]:
+            print("| {:14} | {:7} | {:6} | {:>12} | {:>10} | {:>18} | {:>22} |".format(*row))
+
+
+# ---- Networks and batches --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def make_network(name, device):
+    """Returns the network, and the Run that draws from it as --sample does, compiled on CUDA."""
+    torch.manual_seed(0)
+    config = ddpm.preset(name)
+    if name == "digits":
+        model, diffusion = ddpm.build(config, image_channels=1, num_classes=10)
+    else:
+        model, diffusion = ddpm.build(config, image_channels=3, num_classes=None)
+    return model, ddpm.Run.ready(config, model, diffusion, torch.device(device))
+
+
+@functools.cache
+def make_peer(name, device):
+    """diffusers' network of the same shape, or None if diffusers is not installed."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        return None
+
+    torch.manual_seed(0)
+    if name == "digits":
+        network = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=64,
+            norm_num_groups=8,
+            num_class_embeds=11,
+        )
+    else:
+        network = UNet2DModel(
+            sample_size=32,
+            block_out_channels=(128, 256, 256, 256),
+            layers_per_block=2,
+            attention_head_dim=None,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            downsample_padding=0,
+            dropout=0.1,
+        )
+    return network.to(device)
+
+
+def make_batch(name, device):
+    """Returns random x_t (B, C, H, W), t (B,) and labels (B,), None for the paper's network."""
+    batch_size = BATCH_SIZE[name, device]
+    shape = (batch_size, 1, 8, 8) if name == "digits" else (batch_size, 3, 32, 32)
+    x = torch.randn(shape, device=device)
+    t = torch.randint(1000, (batch_size,), device=device)
+    labels = None
+    if name == "digits":
+        labels = torch.randint(10, (batch_size,), device=device)
+    return x, t, labels
+
+
+# ---- Measures --------------------------------------------------------------------------------------------------------
+
+
+def autocast(name, device):
+    """A context manager for the precision that ddpm.py trains and samples in."""
+    return ddpm.autocast(ddpm.preset(name), torch.device(device))
+
+
+def read_clock(device):
+    """Seconds, after the device has finished its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure_seconds(work, device):
+    start = read_clock(device)
+    work()
+    return read_clock(device) - start
+
+
+def count_operations(work):
+    """The number of floating-point operations of work()."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def matrix_rate(name, device):
+    """Floating-point operations per second of a matrix product in the precision of ddpm.py, the best of 20."""
+    size = 8192 if device == "cuda" else 1536
+    a = torch.randn(size, size, device=device)
+    b = torch.randn(size, size, device=device)
+    with autocast(name, device):
+        dtype = (a @ b).dtype
+    a = a.to(dtype)
+    b = b.to(dtype)
+    seconds = min(measure_seconds(lambda: a @ b, device) for _ in range(20))
+    return 2 * size**3 / seconds
+
+
+def record(benchmark, what, name, device, ours, operations=None, theirs=None, rounds=9, remark=None):
+    """Time ours() in so many rounds, alternately with theirs() of diffusers if given, and add a row to the table.
+    operations is the number of floating-point operations of ours(). remark() returns the last column of the row
+    (default: the ratio of the times)."""
+    # Theirs is timed before each round of ours.
+    their_seconds = []
+
+    def before_round():
+        if theirs is not None:
+            their_seconds.append(measure_seconds(theirs, device))
+
+    warmup_rounds = 1 if rounds > 1 else 0
+    work = functools.partial(measure_seconds, ours, device)
+    benchmark.pedantic(work, setup=before_round, rounds=rounds, warmup_rounds=warmup_rounds)
+    if benchmark.disabled:  # pytest --benchmark-disable runs everything once, without a clock
+        return
+
+    # Milliseconds, and images per second
+    seconds = benchmark.stats.stats.median
+    images_per_second = BATCH_SIZE[name, device] / seconds
+    row = [what, name, device]
+    row.append(f"{1000 * seconds:,.2f}" if seconds < 1 else f"{1000 * seconds:,.0f}")
+    row.append(f"{images_per_second:,.0f}" if images_per_second > 10 else f"{images_per_second:,.2g}")
+
+    # The share of the matrix rate, and the ratio to diffusers
+    share = ""
+    if operations is not None:
+        share = f"{operations / seconds / matrix_rate(name, device):.0%}"
+    last_column = ""
+    if remark is not None:
+        last_column = remark()
+    elif theirs is not None:
+        last_column = f"{statistics.median(their_seconds) / seconds:.2f}"
+    row += [share, last_column]
+    ROWS.append(row)
+    benchmark.extra_info.update(zip(HEADING, row, strict=True))
+
+
+# ---- The timings -----------------------------------------------------------------------------------------------------
+
+
+@on_all
+def test_q_sample(benchmark, name, device):
+    """x_t of a batch from x_0, without a network (Eq. 4)."""
+    x, t, _ = make_batch(name, device)
+    _, run = make_network(name, device)
+    noise = torch.randn_like(x)
+    record(benchmark, "q_sample", name, device, lambda: run.diffusion.q_sample(x, t, noise), rounds=50)
+
+
+@on_all
+@torch.no_grad()
+def test_forward(benchmark, name, device):
+    """The network alone, without gradients."""
+    x, t, y = make_batch(name, device)
+    model, run = make_network(name, device)
+    peer = make_peer(name, device)
+
+    @autocast(name, device)
+    def ours():
+        run.model(x, t, y)
+
+    theirs = None
+    if peer is not None:
+        theirs = lambda: peer(x, t, y)
+    operations = count_operations(lambda: model(x, t, y))
+    record(benchmark, "network", name, device, ours, operations, theirs)
+
+
+@on_all
+def test_training_step(benchmark, name, device):
+    """Algorithm 1: loss, gradients, clipping and a step of Adam."""
+    x, t, y = make_batch(name, device)
+    model, run = make_network(name, device)
+    peer = make_peer(name, device)
+    compiled = ddpm.maybe_compile(ddpm.preset(name), torch.device(device), model.train())
+
+    def compute_loss(network):
+        with autocast(name, device):
+            return run.diffusion.p_losses(functools.partial(network, y=y), x, t)
+
+    def update(network, optimizer, loss):
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    # A learning rate of 0, so that every step is the same
+    optimizer = torch.optim.Adam(model.parameters(), 0.0, fused=True)
+    ours = lambda: update(model, optimizer, compute_loss(compiled))
+    theirs = None
+    if peer is not None:
+        peer_optimizer = torch.optim.AdamW(peer.parameters(), 0.0)
+        theirs = lambda: update(peer, peer_optimizer, (peer(x, t, y).sample - x).square().mean())
+    operations = count_operations(lambda: update(model, optimizer, compute_loss(model)))
+    record(benchmark, "training step", name, device, ours, operations, theirs)
+    model.eval()
+
+
+@on_all
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@torch.no_grad()
+def test_one_step(benchmark, name, device, sampler):
+    """One step of the reverse process with its network call: Algorithm 2 from t = 499, or DDIM from 499 to 479."""
+    x, t, y = make_batch(name, device)
+    model, run = make_network(name, device)
+    peer = make_peer(name, device)
+    with_labels = autocast(name, device)(functools.partial(run.model, y=y))
+
+    if sampler == "ddpm":
+        ours = lambda: run.diffusion.p_sample(with_labels, x, 499)
+    else:
+        ours = lambda: run.diffusion.ddim_sample(with_labels, x, 499, 479)
+    theirs = None
+    if peer is not None:
+        scheduler = make_scheduler(sampler)
+        peer_t = torch.full_like(t, 499)
+        theirs = lambda: scheduler.step(peer(x, peer_t, y).sample, 499, x)
+    operations = count_operations(lambda: model(x, t, y))
+    record(benchmark, f"one {sampler.upper()} step", name, device, ours, operations, theirs)
+
+
+def make_scheduler(sampler):
+    """diffusers' scheduler for Algorithm 2 in 1000 steps, or for DDIM in 50."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    if sampler == "ddpm":
+        scheduler = DDPMScheduler(1000)
+        scheduler.set_timesteps(1000)
+    else:
+        scheduler = DDIMScheduler(1000, timestep_spacing="trailing")
+        scheduler.set_timesteps(50)
+    return scheduler
+
+
+@on_all
+@pytest.mark.parametrize("steps", [10, 50, 1000])
+def test_sampling_end_to_end(benchmark, name, device, steps):
+    """DDIM from x_T to x_0 in S = steps steps. The last column is the time of the whole loop, divided by that of the
+    network calls in it."""
+    x, t, y = make_batch(name, device)
+    model, run = make_network(name, device)
+    with_labels = autocast(name, device)(functools.partial(run.model, y=y))
+    network_seconds = []
+    loop_seconds = []
+
+    def timed_model(x_t, t):
+        start = read_clock(device)
+        prediction = with_labels(x_t, t)
+        network_seconds.append(read_clock(device) - start)
+        return prediction
+
+    def loop():
+        return run.diffusion.ddim_sample_loop(timed_model, x.shape, steps, noise=x)
+
+    def timed_loop():
+        loop_seconds.append(measure_seconds(loop, device))
+
+    def remark():
+        return f"loop / network = {sum(loop_seconds) / sum(network_seconds):.3f}"
+
+    with torch.no_grad():
+        operations = steps * count_operations(lambda: model(x, t, y))
+    rounds = 1 if steps == 1000 else 5
+    record(benchmark, f"DDIM, S = {steps}", name, device, timed_loop, operations, rounds=rounds, remark=remark)
 
 
 if __name__ == "__main__":
