@@ -925,9 +925,8 @@ def evaluate(run, count, seed=0):
     # The table: mean ± standard error
     print(f"{len(images)} held-out images of {run.config.data}, in bits/dim:")
     for name, value in terms.items():
-        print(
-            f"  {name:14} {value.mean():.4f} ± {value.std(correction=min(1, len(value) - 1)) / len(value) ** 0.5:.4f}"
-        )
+        error = value.std(correction=min(1, len(value) - 1)) / len(value) ** 0.5
+        print(f"  {name:14} {value.mean():.4f} ± {error:.4f}")
     print(f"  rate {rate.mean():.4f}, distortion {bits['L_0'].mean():.4f} (RMSE {rmse:.2f} of 255)")
 
 
