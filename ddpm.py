@@ -18,6 +18,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -218,17 +219,12 @@ class GaussianDiffusion(nn.Module):
         x_t = (1 - weight) * self.q_sample(x_start_a, t, noise) + weight * self.q_sample(x_start_b, t, noise)
         return last(self.p_sample_steps(model, x_t, t, generator=generator))
 
-    # -- Fewer steps: DDIM and respacing --
+    # -- Fewer steps: DDIM, respacing and DPM-Solver --
     def ddim_timesteps(self, steps):
         """Returns as many of the T timesteps as steps, a list of ints, evenly spaced and decreasing from T−1, because
         only there the network was trained on pure noise ("trailing", Lin et al., 2023)."""
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
+        self._check_steps(steps)
         return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
-
-    def _alpha_bar(self, t):
-        """ᾱ_t as a Python float, so in float64 on any device; t = −1 denotes x_0, where ᾱ = 1."""
-        return self._alphas_cumprod[t] if t >= 0 else 1.0
 
     @torch.no_grad()
     def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
@@ -241,19 +237,33 @@ class GaussianDiffusion(nn.Module):
         self._check(x_t, t, noise)
         if torch.is_tensor(t) or torch.is_tensor(prev_t) or not -1 <= prev_t < t:
             raise ValueError(f"t and prev_t must be ints, prev_t in -1…t-1, got prev_t={prev_t} with t={t}")
+        pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
+
+        alpha_bar_t = self._alpha_bar(t)
+        alpha_bar_s = self._alpha_bar(prev_t)
+        sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
+        x_s = self._combine(pred_x_start, predicted_noise, prev_t, sigma)
+        if eta > 0:
+            x_s = x_s + sigma * noise_like(x_t, x_t.shape, generator, noise)
+        return x_s
+
+    def _alpha_bar(self, t):
+        """ᾱ_t as a Python float, so in float64 on any device; t = −1 denotes x_0, where ᾱ = 1."""
+        return self._alphas_cumprod[t] if t >= 0 else 1.0
+
+    def _predict_both(self, model, x_t, t, clip_denoised):
+        """x̂_0 (Eq. 15), clamped if clip_denoised, and the ε with which x_t contains it (Eq. 4)."""
         predicted_noise, _ = self._predict(model, x_t, t)
         pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
             pred_x_start = pred_x_start.clamp(-1, 1)
             predicted_noise = self.predict_noise(x_t, t, pred_x_start)
+        return pred_x_start, predicted_noise
 
-        alpha_bar_t = self._alpha_bar(t)
-        alpha_bar_s = self._alpha_bar(prev_t)
-        sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
-        x_s = math.sqrt(alpha_bar_s) * pred_x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * predicted_noise
-        if eta > 0:
-            x_s = x_s + sigma * noise_like(x_t, x_t.shape, generator, noise)
-        return x_s
+    def _combine(self, x_start, noise, s, sigma=0.0):
+        """√ᾱ_s x_0 + √(1−ᾱ_s−σ²) ε at an int s: the step of all samplers here but Algorithm 2."""
+        alpha_bar_s = self._alpha_bar(s)
+        return math.sqrt(alpha_bar_s) * x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * noise
 
     @torch.no_grad()
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
@@ -267,6 +277,57 @@ class GaussianDiffusion(nn.Module):
         """DDIM in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
         x_t = noise_like(self.betas, shape, generator, noise)
         return last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
+
+    @torch.no_grad()
+    def ddim_encode_loop(self, model, x_start, steps, clip_denoised=True):
+        """DDIM's step with η = 0 upwards in S = steps steps, from x_0 to the x_T from which ddim_sample_loop returns
+        x_0, up to an error that falls as 1/S (DDIM §4.3). The network knows no x_0: ε_θ(x_0) is read at code t = 0."""
+        timesteps = self.ddim_timesteps(steps)[::-1]
+        noise, _ = self._predict(model, x_start, 0)
+        x_t = self._combine(x_start, noise, timesteps[0])
+        for t, next_t in itertools.pairwise(timesteps):
+            x_t = self._combine(*self._predict_both(model, x_t, t, clip_denoised), next_t)
+        return x_t
+
+    def dpm_solver_timesteps(self, steps):
+        """Returns as many of the T timesteps as steps, decreasing from T−1 to 0 and evenly spaced in λ_t = log √ᾱ_t −
+        log √(1−ᾱ_t), half the log of the signal-to-noise ratio, as far as distinct timesteps can be. S = 1 is T−1."""
+        self._check_steps(steps)
+        lambdas = np.array([self._lambda(t) for t in range(self.timesteps)])
+        timesteps = [self.timesteps - 1]
+        for i, even in enumerate(np.linspace(lambdas[-1], lambdas[0], steps)[1:], start=1):
+            nearest = int(np.abs(lambdas - even).argmin())
+            timesteps.append(min(timesteps[-1] - 1, max(nearest, steps - 1 - i)))
+        return timesteps
+
+    def _lambda(self, t):
+        """λ_t = log √ᾱ_t − log √(1−ᾱ_t) as a Python float."""
+        return 0.5 * math.log(self._alphas_cumprod[t] / (1 - self._alphas_cumprod[t]))
+
+    @torch.no_grad()
+    def dpm_solver_sample_steps(self, model, x_t, steps, clip_denoised=True):
+        """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
+        from that at t and that at r, the timestep before: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with h = λ_s − λ_t
+        and h′ = λ_t − λ_r. The first step and the last, to x_0 where λ = ∞, are DDIM's. The error falls as 1/S²."""
+        timesteps = self.dpm_solver_timesteps(steps)
+        x_start_r = None
+        for r, t, s in zip([None, *timesteps[:-1]], timesteps, [*timesteps[1:], -1], strict=True):
+            pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
+            x_start = pred_x_start
+            if x_start_r is not None and s >= 0:
+                ratio = (self._lambda(s) - self._lambda(t)) / (self._lambda(t) - self._lambda(r))
+                x_start = pred_x_start + ratio / 2 * (pred_x_start - x_start_r)
+                if clip_denoised:
+                    x_start = x_start.clamp(-1, 1)
+                predicted_noise = self.predict_noise(x_t, t, x_start)
+            x_t = self._combine(x_start, predicted_noise, s)
+            x_start_r = pred_x_start
+            yield x_t
+
+    def dpm_solver_sample_loop(self, model, shape, steps, clip_denoised=True, noise=None, generator=None):
+        """DPM-Solver++(2M) in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
+        x_t = noise_like(self.betas, shape, generator, noise)
+        return last(self.dpm_solver_sample_steps(model, x_t, steps, clip_denoised))
 
     def respace(self, model, steps):
         """Algorithm 2 in S = steps steps (Improved DDPM §4). Returns a diffusion over ddim_timesteps(S) only, whose
@@ -334,6 +395,10 @@ class GaussianDiffusion(nn.Module):
         if self.variance_type == "learned_range":
             return prediction.chunk(2, dim=1)
         return prediction, None
+
+    def _check_steps(self, steps):
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
 
     def _check(self, x, t, *others):
         """Raise ValueError for what PyTorch would accept silently: shapes that broadcast, negative t."""
@@ -801,9 +866,9 @@ class Run:
         """The device that samples are drawn on."""
         return self.diffusion.betas.device
 
-    def trajectory(self, count, labels=None, seed=0, sampler="ddim", sampling_steps=None, eta=0.0, guidance=0.0):
+    def trajectory(self, count, labels=None, seed=0, sampler="dpm-solver", sampling_steps=None, eta=0.0, guidance=0.0):
         """An iterator over x_{t−1}, …, x_0 of count images, with all noise drawn from seed. labels is (count,) or None.
-        sampling_steps is S (default: for DDIM 50, or T if that is less; for Algorithm 2 T)."""
+        sampling_steps is S (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
         # x_T ~ N(0, I)
         generator = torch.Generator(self.device).manual_seed(seed)
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
@@ -820,10 +885,12 @@ class Run:
 
         # x_T → x_0
         diffusion = self.diffusion
+        if sampler == "dpm-solver":
+            steps = sampling_steps or min(10, diffusion.timesteps)
+            return diffusion.dpm_solver_sample_steps(model, x_t, steps)
         if sampler == "ddim":
-            if sampling_steps is None:
-                sampling_steps = min(50, diffusion.timesteps)
-            return diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generator)
+            steps = sampling_steps or min(50, diffusion.timesteps)
+            return diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generator)
         if sampling_steps is not None:
             diffusion, model = diffusion.respace(model, sampling_steps)
         return diffusion.p_sample_steps(model, x_t, generator=generator)
@@ -1175,8 +1242,14 @@ class Source:
 class Sampling:
     """How --sample draws, and what it writes besides samples.png."""
 
-    sampler: str = option("ddim", "ddim, or ddpm for Algorithm 2", choices=("ddim", "ddpm"))
-    sampling_steps: int = option(None, "S, the number of steps, 1…T", shown="50 for ddim, T for ddpm")
+    sampler: str = option(
+        "dpm-solver",
+        "dpm-solver (second order), ddim, or ddpm for Algorithm 2",
+        choices=("dpm-solver", "ddim", "ddpm"),
+    )
+    sampling_steps: int = option(
+        None, "S, the number of steps, 1…T", shown="10 for dpm-solver, 50 for ddim, T for ddpm"
+    )
     eta: float = option(0.0, "noise of ddim: 0 is deterministic, 1 has the noise of ddpm", 0, 1)
     guidance: float = option(0.0, "weight of classifier-free guidance; 0 is none")
     label: int = option(None, "the class to draw", shown="all in turn")
@@ -1191,6 +1264,9 @@ class Sampling:
 
 def check_sampling(options, run):
     """Raise ValueError for options of Sampling that do not fit the run or each other."""
+    timesteps = run.diffusion.timesteps
+    if options.sampling_steps is not None and not 1 <= options.sampling_steps <= timesteps:
+        raise ValueError(f"--sampling-steps must lie in 1…{timesteps}, got {options.sampling_steps}")
     classes = run.model.num_classes
     wants_label = options.label is not None or options.guidance != 0
     if not classes and wants_label:
@@ -2116,8 +2192,8 @@ def run_train(given):
 
 def run_sample(given):
     """--sample, from a run or from published weights."""
-    if given.get("sampler") == "ddpm" and "eta" in given:
-        raise ValueError(f"--eta {given['eta']} is DDIM's: --sampler ddpm has the variance that it was trained with")
+    if "eta" in given and given.get("sampler") != "ddim":
+        raise ValueError(f"--eta {given['eta']} is DDIM's: it goes with --sampler ddim only")
     if "weights" not in given:
         run = Run.read(find_run(given), **given_machine(given))
     elif "data" in given:
