@@ -15,6 +15,8 @@ on the machine and its load; these two ratios hardly do.
 """
 
 import argparse
+import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -415,7 +417,7 @@ class LeadingTimesteps(ddpm.GaussianDiffusion):
 
 
 def sampling_steps(settings):
-    """Exercise 4: DDIM and Algorithm 2 in S steps; Fréchet distance, and seconds (DDIM's Table 1)."""
+    """Exercise 4: DPM-Solver, DDIM and Algorithm 2 in S steps; Fréchet distance, and seconds (DDIM's Table 1)."""
     figure, ax = make_figure(1, 5, 3)
     run = base_run(settings)
     timesteps = run.diffusion.timesteps
@@ -424,32 +426,33 @@ def sampling_steps(settings):
     betas = ddpm.linear_beta_schedule(timesteps, *ddpm.linear_ends(timesteps))
     leading = dataclasses.replace(run, diffusion=LeadingTimesteps(betas, "fixed_large").to(run.device))
     samplers = {
-        "η = 0": (run, dict(eta=0.0)),
-        "η = 0.5": (run, dict(eta=0.5)),
+        "DPM-Solver": (run, dict(sampler="dpm-solver")),
+        "DDIM, η = 0": (run, dict(sampler="ddim", eta=0.0)),
+        "DDIM, η = 0.5": (run, dict(sampler="ddim", eta=0.5)),
         "η = 1, β̃_t": (with_variance(run, "fixed_small"), dict(sampler="ddpm")),
         "β_t": (with_variance(run, "fixed_large"), dict(sampler="ddpm")),
         "β_t, times that end at t = 0": (leading, dict(sampler="ddpm")),
     }
 
-    # Distances of all, and the seconds of the first
+    # Distances of all, and the seconds of the deterministic ones
     images = load_images(settings)
-    counts = [count for count in (5, 10, 20, 50, 100, 250, 1000) if count <= timesteps]
+    counts = [count for count in (5, 8, 10, 20, 50, 100, 1000) if count <= timesteps]
     distances = {name: [] for name in samplers}
-    seconds = []
+    seconds = {name: [] for name in samplers}
     for count in counts:
         for name, (sampled_run, options) in samplers.items():
             start = time.perf_counter()
             pixels = draw(settings, sampled_run, sampling_steps=count, **options)
-            if name == "η = 0":
-                seconds.append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
             distances[name].append(frechet_distance(pixels, images))
 
     # Table
     rows = []
     for i, count in enumerate(counts):
         row = [f"{distances[name][i]:.3f}" for name in samplers]
-        rows.append([count, *row, f"{seconds[i]:.1f}", f"{seconds[-1] / seconds[i]:.1f}×"])
-    print_table(["S", *samplers, f"seconds for {settings.samples:,} (η = 0)", "faster"], rows)
+        times = [f"{seconds[name][i]:.1f}" for name in ("DPM-Solver", "DDIM, η = 0")]
+        rows.append([count, *row, *times])
+    print_table(["S", *samplers, "seconds, DPM-Solver", "seconds, DDIM"], rows)
 
     # Figure
     for name, values in distances.items():
@@ -462,25 +465,78 @@ def sampling_steps(settings):
 # ---- The paper's tables and figures ----------------------------------------------------------------------------------
 
 
+class PredictsMean(nn.Module):
+    """A network whose output is read as μ_θ(x_t, t), as a model that returns the noise: ε_θ = (x_t − √α_t μ_θ)
+    √(1−ᾱ_t)/β_t, which is Eq. 11 solved for ε_θ."""
+
+    def __init__(self, network, diffusion):
+        super().__init__()
+        self.network = network
+        self.diffusion = diffusion
+        self.image_channels = network.image_channels
+        self.num_classes = network.num_classes
+
+    def forward(self, x_t, t, y=None):
+        mean = self.network(x_t, t, y)
+        betas = ddpm.extract(self.diffusion.betas, t, x_t)
+        sigma = ddpm.extract(self.diffusion.sqrt_one_minus_alphas_cumprod, t, x_t)
+        return (x_t - (1 - betas).sqrt() * mean) * sigma / betas
+
+
+def train_mean(settings, seed, loss):
+    """A run of settings.steps steps of a network that predicts μ̃, in float32 because ε_θ is a small difference of large
+    numbers. loss is "bound" for Eq. 5, or "unweighted" for ‖μ̃ − μ_θ‖²."""
+    config = ddpm.preset(settings.data, steps=settings.steps, seed=seed, device=settings.device, bf16=False)
+    images, labels, num_classes, state, _ = ddpm.prepare_training(config, None)
+    diffusion = ddpm.build_diffusion(dataclasses.replace(config, loss="bound")).to(images.device)
+    model = PredictsMean(state.model, diffusion)
+    for step in tqdm(range(config.steps), unit=" steps", leave=False, disable=None):
+        torch.manual_seed(ddpm.derive_seed(seed, "training", step, 0))
+        chosen = torch.randint(len(images), (config.batch_size,), device=images.device)
+        x_start = ddpm.to_model(images[chosen])
+        t = torch.randint(diffusion.timesteps, (len(chosen),), device=images.device)
+        noise = torch.randn_like(x_start)
+        y = None
+        if num_classes:
+            hidden = torch.rand(len(chosen), device=images.device) < config.label_dropout
+            y = torch.where(hidden, num_classes, labels[chosen])
+
+        if loss == "bound":
+            value = diffusion.p_losses(functools.partial(model, y=y), x_start, t, noise)
+        else:
+            x_t = diffusion.q_sample(x_start, t, noise)
+            mean, _, _ = diffusion.q_posterior(x_start, x_t, t)
+            value = (mean - state.model(x_t, t, y)).square().mean()
+        value.backward()
+        nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.scheduler.step()
+        ddpm.ema_update(state.ema, state.model, step, config.ema_decay)
+    return ddpm.Run(config, PredictsMean(state.ema, diffusion), diffusion)
+
+
 def objectives(settings):
-    """Tables 1 and 2: L, L_simple and L_hybrid; bits/dim, and Fréchet distance with few steps."""
+    """Tables 1 and 2: μ̃ or ε predicted, L, L_simple and L_hybrid; bits/dim, and Fréchet distance with few steps."""
     figure, (left, right) = make_figure(2, 8, 2.8)
     few_steps = (10, 20, 50)
     images = load_images(settings)
 
-    # Changes to the preset, and σ_t² of the reverse process
+    # How to train, and σ_t² of the reverse process
     objectives = {
-        "L, β_t": (dict(loss="bound"), "fixed_large"),
-        "L_simple, β_t": (dict(schedule="linear"), "fixed_large"),
-        "L_simple, β̃_t": (dict(schedule="linear"), "fixed_small"),
-        "L_hybrid, learned": (dict(variance="learned_range"), "learned_range"),
+        "μ̃: L, β_t": (functools.partial(train_mean, loss="bound"), "fixed_large"),
+        "μ̃: unweighted, β_t": (functools.partial(train_mean, loss="unweighted"), "fixed_large"),
+        "ε: L, β_t": (functools.partial(short_run, loss="bound"), "fixed_large"),
+        "ε: L_simple, β_t": (functools.partial(short_run, schedule="linear"), "fixed_large"),
+        "ε: L_simple, β̃_t": (functools.partial(short_run, schedule="linear"), "fixed_small"),
+        "ε: L_hybrid, learned": (functools.partial(short_run, variance="learned_range"), "learned_range"),
     }
     rows = []
-    for name, (changes, variance) in objectives.items():
+    for name, (train_run, variance) in objectives.items():
         results = []
         terms_by_t = []
         for seed in settings.seeds:
-            run = with_variance(short_run(settings, seed, **changes), variance)
+            run = with_variance(train_run(settings, seed), variance)
             bits = measure_bits(settings, run)
             result = [bits["total"].item(), bits["L_{t-1}"].sum().item(), bits["L_0"].item()]
             for steps in few_steps:
@@ -498,7 +554,7 @@ def objectives(settings):
     left.set(xscale="log", yscale="log", xlabel="t", title="the bound's term at t, bits/dim")
     right.set(xscale="log", yscale="log", xlabel="S", title="Fréchet distance, Algorithm 2 in S steps")
     right.legend()
-    heading = ["loss, σ_t²", "NLL ≤, bits/dim", "L_1 … L_{T−1}", "L_0"]
+    heading = ["predicted: loss, σ_t²", "NLL ≤, bits/dim", "L_1 … L_{T−1}", "L_0"]
     print_table([*heading, *(f"distance, S = {steps}" for steps in few_steps)], rows)
     return figure
 
@@ -601,6 +657,77 @@ def interpolation(settings):
     return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(rows)), 11)
 
 
+# ---- DDIM's tables and figures ---------------------------------------------------------------------------------------
+
+
+def reconstruction(settings):
+    """DDIM's Table 2: held-out images encoded to x_T and decoded in S steps; squared error per pixel scaled to [0, 1].
+
+    The image shows eight of them, and below them what S = 10, 50 and 1000 steps return. No labels are given."""
+    run = base_run(settings)
+    pixels = load_images(settings, "test")[: settings.held_out]
+    x_start = ddpm.to_model(pixels.to(run.device))
+    shown = [x_start[:: len(x_start) // 8][:8]]
+
+    rows = []
+    counts = [steps for steps in (10, 20, 50, 100, 200, 500, 1000) if steps <= run.diffusion.timesteps]
+    for steps in counts:
+        x_T = run.diffusion.ddim_encode_loop(run.model, x_start, steps)
+        returned = run.diffusion.ddim_sample_loop(run.model, x_start.shape, steps, noise=x_T)
+        squared_error = ((returned - x_start) / 2).square().mean()
+        rows.append([steps, f"{squared_error:.5f}", f"{255 * squared_error.sqrt():.2f}", f"{x_T.std():.3f}"])
+        if steps in (10, 50, 1000):
+            shown.append(returned[:: len(x_start) // 8][:8])
+    print_table(["S", "squared error per pixel", "RMSE of 255", "standard deviation of x_T"], rows)
+    return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(shown)), 8)
+
+
+def slerp(x1, x2, weight):
+    """sin((1−λ)θ)/sin θ · x + sin(λθ)/sin θ · x′ with λ = weight and θ their angle (DDIM §5.3)."""
+    theta = torch.arccos((x1 * x2).sum() / (x1.norm() * x2.norm()))
+    return (torch.sin((1 - weight) * theta) * x1 + torch.sin(weight * theta) * x2) / torch.sin(theta)
+
+
+def latents(settings):
+    """DDIM's Fig. 5 and 6: the same x_T in S steps of DDIM; and spherical interpolation between two x_T.
+
+    Upper rows: S = 5, 10, 20, 50, 100 and 1000, a column for each x_T. The table gives the mean difference of these
+    images to those of S = 1000 in grey levels, and that of images from other x_T. Lower rows: four pairs of x_T, λ = 0
+    to 1 from left to right, in 50 steps. Labels are given if the network learned them."""
+    run = base_run(settings)
+    columns = 10
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.held_out, run.model.image_channels, run.config.image_size, run.config.image_size)
+    x_T = torch.randn(shape, generator=generator).to(run.device)
+
+    def with_labels(labels):
+        if labels is None:
+            return run.model
+        return ddpm.classifier_free_guidance(run.model, labels.to(run.device), 0)
+
+    # Fig. 5
+    model = with_labels(run.labels(len(x_T)))
+    counts = [steps for steps in (5, 10, 20, 50, 100, 1000) if steps <= run.diffusion.timesteps]
+    images = [ddpm.to_pixels(run.diffusion.ddim_sample_loop(model, shape, steps, noise=x_T)).cpu() for steps in counts]
+    finest = images[-1].float()
+    other = finest.roll(run.model.num_classes or 1, 0)  # of the same class, if there are any
+    rows = [[steps, f"{(each.float() - finest).abs().mean():.1f}"] for steps, each in zip(counts, images, strict=True)]
+    rows.append(["another x_T", f"{(other - finest).abs().mean():.1f}"])
+    print_table(["S", f"mean difference to S = {counts[-1]}, of 255"], rows)
+
+    # Fig. 6: the two ends of a row have the same label
+    pairs = 4
+    ends = x_T[: 2 * pairs].unflatten(0, (pairs, 2))
+    weights = torch.linspace(0, 1, columns)
+    between = torch.stack([slerp(x1, x2, weight) for x1, x2 in ends for weight in weights])
+    labels = None
+    if run.model.num_classes:
+        labels = (torch.arange(pairs) * 3 % run.model.num_classes).repeat_interleave(columns)
+    mixed = run.diffusion.ddim_sample_loop(with_labels(labels), between.shape, min(50, counts[-1]), noise=between)
+    tiles = [each[:columns] for each in images] + [ddpm.to_pixels(mixed).cpu()]
+    return ddpm.make_grid_image(torch.cat(tiles), columns)
+
+
 # ---- The cost of training --------------------------------------------------------------------------------------------
 
 
@@ -676,6 +803,8 @@ EXPERIMENTS = {
     "progress": progress,
     "sharing": sharing,
     "interpolation": interpolation,
+    "reconstruction": reconstruction,
+    "latents": latents,
     "cost": cost,
 }
 
@@ -1017,11 +1146,19 @@ def make_scheduler(sampler):
     return scheduler
 
 
+END_TO_END = {
+    "DPM-Solver, S = 10": ("dpm_solver_sample_loop", dict(steps=10)),
+    "DDIM, S = 50": ("ddim_sample_loop", dict(steps=50)),
+    "Algorithm 2": ("p_sample_loop", {}),
+}
+
+
 @on_all
-@pytest.mark.parametrize("steps", [10, 50, 1000])
-def test_sampling_end_to_end(benchmark, name, device, steps):
-    """DDIM from x_T to x_0 in S = steps steps. The last column is the time of the whole loop, divided by that of the
-    network calls in it."""
+@pytest.mark.parametrize("sampler", END_TO_END)
+def test_sampling_end_to_end(benchmark, name, device, sampler):
+    """From x_T to x_0 by the default sampler, by DDIM and by Algorithm 2 in all T steps. The last column is the time of
+    the whole loop, divided by that of the network calls in it."""
+    loop_name, how = END_TO_END[sampler]
     x, t, y = make_batch(name, device)
     model, run = make_network(name, device)
     with_labels = autocast(name, device)(functools.partial(run.model, y=y))
@@ -1035,7 +1172,7 @@ def test_sampling_end_to_end(benchmark, name, device, steps):
         return prediction
 
     def loop():
-        return run.diffusion.ddim_sample_loop(timed_model, x.shape, steps, noise=x)
+        return getattr(run.diffusion, loop_name)(timed_model, x.shape, **how, noise=x)
 
     def timed_loop():
         loop_seconds.append(measure_seconds(loop, device))
@@ -1044,9 +1181,45 @@ def test_sampling_end_to_end(benchmark, name, device, steps):
         return f"loop / network = {sum(loop_seconds) / sum(network_seconds):.3f}"
 
     with torch.no_grad():
-        operations = steps * count_operations(lambda: model(x, t, y))
-    rounds = 1 if steps == 1000 else 5
-    record(benchmark, f"DDIM, S = {steps}", name, device, timed_loop, operations, rounds=rounds, remark=remark)
+        operations = how.get("steps", run.diffusion.timesteps) * count_operations(lambda: model(x, t, y))
+    rounds = 5 if how else 1
+    record(benchmark, sampler, name, device, timed_loop, operations, rounds=rounds, remark=remark)
+
+
+@on_all
+@pytest.mark.parametrize("expert", [False, True], ids=["as it comes", "as an expert runs it"])
+@torch.no_grad()
+def test_default_sampler_beside_diffusers(benchmark, name, device, expert):
+    """The default sampler in S = 10 steps beside diffusers' DPMSolverMultistepScheduler in as many: its network as it
+    comes, in float32; or as an expert would run it, with channels_last memory and autocast to bfloat16 wherever
+    ddpm.py uses it (on CUDA compiled, too, as ours is)."""
+    x, t, y = make_batch(name, device)
+    model, run = make_network(name, device)
+    with_labels = autocast(name, device)(functools.partial(run.model, y=y))
+    ours = lambda: run.diffusion.dpm_solver_sample_loop(with_labels, x.shape, 10, noise=x)
+
+    theirs = None
+    peer = make_peer(name, device)
+    if peer is not None:
+        from diffusers import DPMSolverMultistepScheduler
+
+        scheduler = DPMSolverMultistepScheduler(1000, final_sigmas_type="zero")
+        if expert:
+            peer = copy.deepcopy(peer).to(memory_format=torch.channels_last)
+            if device == "cuda":
+                peer = torch.compile(peer, mode="reduce-overhead")
+
+        def theirs():
+            scheduler.set_timesteps(10)
+            x_t = x
+            for peer_t in scheduler.timesteps:
+                with autocast(name, device) if expert else contextlib.nullcontext():
+                    noise = peer(x_t, peer_t.to(device).expand(len(x_t)), y).sample
+                x_t = scheduler.step(noise.float(), peer_t, x_t).prev_sample
+
+    operations = 10 * count_operations(lambda: model(x, t, y))
+    what = "S = 10, diffusers tuned" if expert else "S = 10, diffusers' defaults"
+    record(benchmark, what, name, device, ours, operations, theirs, rounds=5)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ class GaussianDiffusion(nn.Module):
         register("posterior_mean_x_start", alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod))
         register("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
         self._alphas_cumprod = alphas_cumprod.tolist()
+        self._lambdas = (alphas_cumprod / (1 - alphas_cumprod)).log().div(2).tolist()
 
     # -- Forward process --
     def q_sample(self, x_start, t, noise=None):
@@ -286,23 +287,20 @@ class GaussianDiffusion(nn.Module):
         noise, _ = self._predict(model, x_start, 0)
         x_t = self._combine(x_start, noise, timesteps[0])
         for t, next_t in itertools.pairwise(timesteps):
-            x_t = self._combine(*self._predict_both(model, x_t, t, clip_denoised), next_t)
+            pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
+            x_t = self._combine(pred_x_start, predicted_noise, next_t)
         return x_t
 
     def dpm_solver_timesteps(self, steps):
-        """Returns as many of the T timesteps as steps, decreasing from T−1 to 0 and evenly spaced in λ_t = log √ᾱ_t −
-        log √(1−ᾱ_t), half the log of the signal-to-noise ratio, as far as distinct timesteps can be. S = 1 is T−1."""
+        """Returns as many of the T timesteps as steps, decreasing from T−1 to 0 and evenly spaced in λ_t = ½ log of
+        ᾱ_t/(1−ᾱ_t), the signal-to-noise ratio, as far as distinct timesteps can be. S = 1 is T−1."""
         self._check_steps(steps)
-        lambdas = np.array([self._lambda(t) for t in range(self.timesteps)])
+        lambdas = np.array(self._lambdas)
         timesteps = [self.timesteps - 1]
         for i, even in enumerate(np.linspace(lambdas[-1], lambdas[0], steps)[1:], start=1):
             nearest = int(np.abs(lambdas - even).argmin())
             timesteps.append(min(timesteps[-1] - 1, max(nearest, steps - 1 - i)))
         return timesteps
-
-    def _lambda(self, t):
-        """λ_t = log √ᾱ_t − log √(1−ᾱ_t) as a Python float."""
-        return 0.5 * math.log(self._alphas_cumprod[t] / (1 - self._alphas_cumprod[t]))
 
     @torch.no_grad()
     def dpm_solver_sample_steps(self, model, x_t, steps, clip_denoised=True):
@@ -315,7 +313,7 @@ class GaussianDiffusion(nn.Module):
             pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
             x_start = pred_x_start
             if x_start_r is not None and s >= 0:
-                ratio = (self._lambda(s) - self._lambda(t)) / (self._lambda(t) - self._lambda(r))
+                ratio = (self._lambdas[s] - self._lambdas[t]) / (self._lambdas[t] - self._lambdas[r])
                 x_start = pred_x_start + ratio / 2 * (pred_x_start - x_start_r)
                 if clip_denoised:
                     x_start = x_start.clamp(-1, 1)
@@ -885,6 +883,8 @@ class Run:
 
         # x_T → x_0
         diffusion = self.diffusion
+        if sampler not in ("dpm-solver", "ddim", "ddpm"):
+            raise ValueError(f"sampler must be dpm-solver, ddim or ddpm, got {sampler!r}")
         if sampler == "dpm-solver":
             steps = sampling_steps or min(10, diffusion.timesteps)
             return diffusion.dpm_solver_sample_steps(model, x_t, steps)

@@ -2415,6 +2415,8 @@ def test_a_run_draws_what_its_checkpoint_holds(random_run, monkeypatch):
     assert run.labels(3, 0).tolist() == [0, 0, 0]
     a, b = (ddpm.last(run.trajectory(4, seed=3, sampling_steps=3)) for _ in range(2))
     assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="dpm-solver, ddim or ddpm, got 'DDIM'"):
+        run.trajectory(4, sampler="DDIM")
 
 
 def test_training_draws_grids_a_column_a_class(folder, monkeypatch):
@@ -4452,9 +4454,9 @@ MISTAKES = [
         functools.partial(test_dpm_solver_in_its_own_exponential_form, steps=7, clip=True),
     ),
     (
-        "encoding reads the noise at the time it goes to",
-        "self._combine(*self._predict_both(model, x_t, t, clip_denoised), next_t)",
-        "self._combine(*self._predict_both(model, x_t, next_t, clip_denoised), next_t)",
+        "encoding takes x_0 for x_1",
+        "x_t = self._combine(x_start, noise, timesteps[0])",
+        "x_t = x_start",
         functools.partial(test_encoding_written_out, steps=37, clip=False),
     ),
     (
