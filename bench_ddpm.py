@@ -163,7 +163,7 @@ def draw(settings, run, count=None, labels=None, **options):
         batch_labels = None
         if labels is not None:
             batch_labels = labels[start : start + size]
-        seed = ddpm.derive_seed(settings.seed, "sampling", start)
+        seed = ddpm.derive_seed(settings.seed, "sampling") + start
         x = ddpm.last(run.trajectory(size, batch_labels, seed, **options))
         batches.append(ddpm.to_pixels(x).cpu())
     return torch.cat(batches)

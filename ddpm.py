@@ -73,6 +73,7 @@ class GaussianDiffusion(nn.Module):
     variance is σ_t² of p_θ (§3.2): "fixed_large" is β_t, optimal if x_0 ~ N(0, I); "fixed_small" is β̃_t, optimal if
     x_0 is a single point; "learned_range" interpolates between their logarithms with v (Improved DDPM Eq. 15).
     loss is "simple" (Eq. 14; with a learned variance L_hybrid, Improved DDPM Eq. 16) or "bound" (Eq. 5).
+    A generator is a torch.Generator, or a list of them with one for each image.
     Coefficients are computed in float64 and stored in dtype, as buffers that are not part of the state dict.
     Raises ValueError unless 0 < β_t < 1. Warns if √ᾱ_T > 0.05: x_T then still contains x_0, so that sampling from
     N(0, I) starts from the wrong distribution."""
@@ -865,12 +866,13 @@ class Run:
         return self.diffusion.betas.device
 
     def trajectory(self, count, labels=None, seed=0, sampler="dpm-solver", sampling_steps=None, eta=0.0, guidance=0.0):
-        """An iterator over x_{t−1}, …, x_0 of count images, with all noise drawn from seed. labels is (count,) or None.
-        sampling_steps is S (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
+        """An iterator over x_{t−1}, …, x_0 of count images. All noise of image i is drawn from seed + i, so that an
+        image does not depend on the others. labels is (count,) or None. sampling_steps is S (default: for DPM-Solver
+        10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
         # x_T ~ N(0, I)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generators = [torch.Generator(self.device).manual_seed(seed + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
-        x_t = torch.randn(shape, generator=generator, device=self.device)
+        x_t = noise_like(self.diffusion.betas, shape, generators)
 
         # ε_θ, with labels and guidance
         guided = self.model
@@ -890,10 +892,10 @@ class Run:
             return diffusion.dpm_solver_sample_steps(model, x_t, steps)
         if sampler == "ddim":
             steps = sampling_steps or min(50, diffusion.timesteps)
-            return diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generator)
+            return diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generators)
         if sampling_steps is not None:
             diffusion, model = diffusion.respace(model, sampling_steps)
-        return diffusion.p_sample_steps(model, x_t, generator=generator)
+        return diffusion.p_sample_steps(model, x_t, generator=generators)
 
     def labels(self, count, label=None):
         """(count,) labels: every class in turn, or the given one. None for a network without labels."""
@@ -916,8 +918,8 @@ class Run:
 def sample(run, count, seed=0, **options):
     """Draw count images with the options of Sampling and write them into the run's folder. Returns the paths written.
 
-    Batches are equally large, so that a compiled network sees one shape. Batch i is drawn from (seed, i), so that the
-    images do not depend on the number of processes that share the batches."""
+    Image i depends on seed and i only, to rounding: not on the count, the batches, or the processes that share them.
+    Batches are equally large, so that a compiled network sees one shape."""
     # Checks, and batches
     options = Sampling(**options)
     check_sampling(options, run)
@@ -957,7 +959,7 @@ def draw_batches(run, batches, size, labels, seed, options):
     frames = []
     for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar):
         batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
-        trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling", i), **how)
+        trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling") + i * size, **how)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
             if options.animate and i == 0:
                 frames.append(to_pixels(x_t).cpu())
@@ -1367,7 +1369,12 @@ def broadcast(values, x):
 
 
 def noise_like(x, shape, generator=None, noise=None):
-    """A sample of N(0, I) with the dtype and device of x, or the given noise. Raises ValueError for another shape."""
+    """A sample of N(0, I) with the dtype and device of x, or the given noise. A list of generators has one for each
+    image. Raises ValueError for another shape or another number of generators."""
+    if noise is None and isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{shape[0]} images need as many generators, got {len(generator)}")
+        return torch.cat([noise_like(x, (1, *shape[1:]), each) for each in generator])
     if noise is None:
         return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
     if noise.shape != torch.Size(shape):
@@ -1578,8 +1585,9 @@ def write_samples(out, pixels, columns, individual, frames):
         paths.append(out / "individual")
         write_folder(paths[-1], save_individually)
 
-    # About 60 of the frames, the last one shown for two seconds
+    # About 60 of the frames, in a second and a half or more, and the last one for two seconds
     if frames:
+        milliseconds = max(60, 1500 // len(frames))
         shown = frames[: -1 : math.ceil(len(frames) / 60)]
         grids = [make_grid_image(frame, columns) for frame in [*shown, frames[-1]]]
         paths.append(out / "samples.gif")
@@ -1589,7 +1597,7 @@ def write_samples(out, pixels, columns, individual, frames):
             save_all=True,
             append_images=grids[1:],
             loop=0,
-            duration=[60] * len(shown) + [2000],
+            duration=[milliseconds] * len(shown) + [2000],
         )
         atomic_write(paths[-1], save_gif)
     return paths
