@@ -924,7 +924,7 @@ def test_dpm_solver_timesteps_are_even_in_log_snr(schedule):
         assert t[0] == T - 1
         assert all(a > b for a, b in zip(t, t[1:], strict=False))
         even = [lambdas[-1] + (lambdas[0] - lambdas[-1]) * i / max(1, steps - 1) for i in range(steps)]
-        nearest = [min(range(T), key=lambda k, value=value: abs(lambdas[k] - value)) for value in even]
+        nearest = [int(np.abs(lambdas - value).argmin()) for value in even]
         if steps <= 10 and schedule is ddpm.linear_beta_schedule:
             assert t == nearest
         for i in range(1, steps):
@@ -1049,12 +1049,12 @@ def test_encoding_written_out(steps, clip):
 @pytest.mark.parametrize("m, s", [(0.3, 0.5), (-0.4, 0.25)])
 def test_encoding_is_the_inverse_of_the_flow_at_first_order(m, s):
     """In the exact world x_0 → x_T keeps standard scores, as x_T → x_0 does. The error of the slope halves when S
-    doubles (2 ± 0.3 from 250 to 1000 steps), and so does that of x_0 encoded and decoded again."""
+    doubles (2 ± 0.3 from 125 to 500 steps), and so does that of x_0 encoded and decoded again."""
     diffusion, model = exact(), optimal(m, s)
     x_0 = torch.tensor([[m], [m + s]], dtype=torch.float64)
     flow = math.sqrt(BARS[-1] * s**2 + 1 - BARS[-1]) / s
     slopes, returns = [], []
-    for steps in (250, 500, 1000):
+    for steps in (125, 250, 500):
         x_T = diffusion.ddim_encode_loop(model, x_0, steps, clip_denoised=False)
         slopes.append((x_T[1] - x_T[0]).item() / s / flow - 1)
         again = diffusion.ddim_sample_loop(model, x_0.shape, steps, clip_denoised=False, noise=x_T)
@@ -1062,7 +1062,7 @@ def test_encoding_is_the_inverse_of_the_flow_at_first_order(m, s):
     for errors in (slopes, returns):
         assert [a / b for a, b in zip(errors, errors[1:], strict=False)] == pytest.approx([2, 2], abs=0.3)
     assert abs(slopes[-1]) < 0.02
-    assert returns[-1] < 0.02 * s
+    assert returns[-1] < 0.03 * s
     assert x_T[0].item() == pytest.approx(math.sqrt(BARS[-1]) * m, abs=0.02 * abs(m))
 
 
