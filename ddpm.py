@@ -22,11 +22,13 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import warnings
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision import datasets
@@ -759,7 +762,8 @@ def prepare_training(config, checkpoint):
 
     # Data, network, diffusion
     device = pick_device(config.device)
-    images, labels, num_classes = load_training_data(config, device)
+    images, labels, classes = load_training_data(config, device)
+    num_classes = len(classes) if classes else None
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model, diffusion = build(config, images.shape[1], num_classes)
     if config.weights and checkpoint is None:
@@ -772,7 +776,7 @@ def prepare_training(config, checkpoint):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
 
     # All of these from a checkpoint, if there is one
-    state = TrainingState(config, model, ema, optimizer, scheduler)
+    state = TrainingState(config, model, ema, optimizer, scheduler, classes, len(images))
     if checkpoint is not None:
         state.restore(checkpoint)
     return images, labels, num_classes, state, diffusion.to(device)
@@ -834,6 +838,7 @@ class Run:
     config: "Config"
     model: nn.Module
     diffusion: GaussianDiffusion
+    classes: list = None  # the names of the labels
 
     @classmethod
     def read(cls, out, device=None, bf16=None, compile=None):
@@ -841,7 +846,9 @@ class Run:
         device = pick_device(device)
         checkpoint = read_checkpoint(out)
         config = dataclasses.replace(checkpoint["config"], bf16=bf16, compile=compile)
-        return cls.ready(config, averaged_network(checkpoint), build_diffusion(config), device)
+        run = cls.ready(config, averaged_network(checkpoint), build_diffusion(config), device)
+        run.classes = checkpoint.get("classes")
+        return run
 
     @classmethod
     def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
@@ -905,6 +912,17 @@ class Run:
             return torch.full((count,), label)
         return torch.arange(count) % self.model.num_classes
 
+    def find_label(self, label):
+        """The number of a class, given by its name or its number. Raises ValueError if there is no such class."""
+        names = self.classes or []
+        if label in names:
+            return names.index(label)
+        count = self.model.num_classes
+        if str(label).isdecimal() and int(label) < count:
+            return int(label)
+        known = f" or be one of {', '.join(names)}" if names and not names[0].isdecimal() else ""
+        raise ValueError(f"--label must lie in 0…{count - 1}{known}, got {label}")
+
     def grid(self, step):
         """Write a grid of samples, with a column for each class, named after the training step."""
         classes = self.model.num_classes
@@ -931,7 +949,8 @@ def sample(run, count, seed=0, **options):
     # Labels, and a column of the grid for each class
     labels = None
     if not options.unconditional:
-        labels = run.labels(batches * size, options.label)
+        label = None if options.label is None else run.find_label(options.label)
+        labels = run.labels(batches * size, label)
     columns = None
     if labels is not None and options.label is None:
         columns = run.model.num_classes
@@ -974,7 +993,10 @@ def evaluate(run, count, seed=0):
     # Held-out images
     images, _ = load_data(run.config.data, run.config.image_size, run.device, split="test")
     if not len(images):
-        raise ValueError(f"{run.config.data} has too few images to hold any out from training: it needs at least ten")
+        raise ValueError(f"no image of {run.config.data} is held out from training: it has too few")
+    if images.shape[1:] != (run.model.image_channels, run.config.image_size, run.config.image_size):
+        wants = f"{run.model.image_channels} channels and {run.config.image_size} pixels"
+        raise ValueError(f"the network in {run.config.out} wants {wants}, the images of {run.config.data} do not fit")
     images = images[:count]
 
     # The terms of all images, in batches of at most 250
@@ -1012,38 +1034,58 @@ TORCHVISION = {
 }
 
 
+@dataclasses.dataclass
+class Data:
+    """What a data set holds."""
+
+    images: torch.Tensor  # uint8 (N, C, H, W)
+    labels: torch.Tensor  # int64 (N,), or None
+    classes: list  # the names of the labels, or None
+    held_out: torch.Tensor  # bool (N,): the images that training does not see
+    skipped: tuple = ()  # the names of files in a folder that are not images
+
+
 def load_data(name_or_folder, image_size=32, device="cpu", split=None):
     """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None, on the device.
 
     "digits" is assets/digits.png. "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
     they are not there. Anything else is a folder of images, resized and cropped to image_size, whose subfolders are the
-    classes. split="test" is what training does not see: torchvision's test set, or every tenth image of the others;
-    "train" is the rest; None is everything (torchvision's training set).
+    classes, in natural order (2 before 10). split="test" is what training does not see: torchvision's test set, every
+    tenth of the digits, and those images of a folder whose file has a CRC-32 divisible by ten, so that it depends on
+    the file alone. "train" is the rest; None is everything (torchvision's training set).
     Raises ValueError for a folder that does not exist or has no images, an unreadable image, a failed download."""
-    if name_or_folder in TORCHVISION:
-        images, labels = load_torchvision(name_or_folder, split)
-    elif name_or_folder == "digits":
-        images, labels = load_digits()
-    else:
-        images, labels = load_folder(Path(name_or_folder), image_size)
-
-    # Every tenth image is held out
+    if split not in (None, "train", "test"):
+        raise ValueError(f"split must be train, test or None, got {split!r}")
+    data = read_data(name_or_folder, image_size, split)
+    images = data.images
+    labels = data.labels
     if split and name_or_folder not in TORCHVISION:
-        held_out = torch.arange(len(images)) % 10 == 9
-        chosen = held_out if split == "test" else ~held_out
+        chosen = data.held_out if split == "test" else ~data.held_out
         images = images[chosen]
         if labels is not None:
             labels = labels[chosen]
-
-    # To the device
     if labels is not None:
         labels = labels.to(device)
     return images.to(device), labels
 
 
+def read_data(name_or_folder, image_size, split=None):
+    """The whole data set, as Data; of torchvision's, the training set or with split="test" the test set."""
+    if name_or_folder in TORCHVISION:
+        return load_torchvision(name_or_folder, split)
+    if name_or_folder == "digits":
+        return load_digits()
+    return load_folder(Path(name_or_folder), image_size)
+
+
 def load_torchvision(name, split):
+    """torchvision's training set, or with split="test" its test set. One process downloads, others wait."""
+    folder = Path("data")
     try:
-        dataset = TORCHVISION[name]("data", train=split != "test", download=True)
+        folder.mkdir(exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+        with FileLock(folder / ".lock") if writable else contextlib.nullcontext():
+            dataset = TORCHVISION[name](str(folder), train=split != "test", download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{name} is not in data/ and can't be downloaded ({error}); without a network use --data digits or "
@@ -1056,7 +1098,8 @@ def load_torchvision(name, split):
         images = images[:, None]  # (N, H, W) → (N, 1, H, W)
     else:
         images = images.permute(0, 3, 1, 2)  # (N, H, W, C) → (N, C, H, W)
-    return images.contiguous(), torch.as_tensor(dataset.targets)
+    held_out = torch.full((len(images),), split == "test")
+    return Data(images.contiguous(), torch.as_tensor(dataset.targets), list(dataset.classes), held_out)
 
 
 def load_digits():
@@ -1064,7 +1107,13 @@ def load_digits():
     sheet = pil_to_tensor(Image.open(Path(__file__).parent / "assets" / "digits.png"))[0]
     tiles = sheet.reshape(10, 8, -1, 8).transpose(1, 2)  # (10, tiles in a row, 8, 8)
     labels, columns = torch.nonzero(tiles.flatten(2).any(2), as_tuple=True)
-    return tiles[labels, columns][:, None], labels
+    held_out = torch.arange(len(labels)) % 10 == 9
+    return Data(tiles[labels, columns][:, None], labels, [str(digit) for digit in range(10)], held_out)
+
+
+# A folder of images
+
+IMAGE_SUFFIXES = {*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jp2", ".tga"}
 
 
 def load_folder(folder, image_size):
@@ -1073,34 +1122,74 @@ def load_folder(folder, image_size):
         raise ValueError(f"{folder} is neither a data set (digits, {', '.join(TORCHVISION)}) nor a folder")
 
     # The images
-    suffixes = Image.registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    files = list(find_files(folder))
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    skipped = [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
     if not paths:
         raise ValueError(f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders")
-    images = torch.stack([read_image(path, image_size) for path in paths])
+    images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
+    for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=None)):
+        images[i] = read_image(path, image_size)
+    if all((image == image[:1]).all() for image in images):
+        images = images[:, :1].clone()  # all are grey
+    held_out = torch.tensor([zlib.crc32(path.read_bytes()) % 10 == 0 for path in paths])
+    if held_out.all():
+        held_out[:] = False
 
     # The classes; an image that lies in the folder itself has the class "".
     names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
-    classes = sorted(set(names))
+    classes = sorted(set(names), key=natural_order)
     if len(classes) == 1:
-        return images, None
-    return images, torch.tensor([classes.index(name) for name in names])
+        return Data(images, None, None, held_out, skipped)
+    labels = torch.tensor([classes.index(name) for name in names])
+    return Data(images, labels, classes, held_out, skipped)
+
+
+def find_files(folder, parents=()):
+    """The files below a folder in natural order, links followed. Hidden ones and the folders of runs are left out."""
+    real = folder.resolve()
+    if real in parents or is_run(folder):
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from find_files(path, (*parents, real))
+        elif path.is_file():
+            yield path
+
+
+def is_run(folder):
+    """Whether a folder is that of a run: its log.csv begins as those of ddpm.py do."""
+    log = folder / "log.csv"
+    return log.is_file() and log.read_bytes().startswith(LOG_HEADER[:10].encode())
+
+
+def natural_order(name):
+    """The key that sorts names as people do: a2 before a10."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def decode_image(path):
+    """An image file as a PIL image with transparency, turned upright. Raises almost anything if it is damaged."""
+    with Image.open(path) as file:
+        if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
+            raise ValueError("its pixels have 32 bits; 8 or 16 are read")
+        image = file
+        if file.mode.startswith("I"):  # 16-bit grey, which PIL would clip
+            image = file.convert("I").point(lambda value: value / 257).convert("L")
+        return ImageOps.exif_transpose(image).convert("RGBA")
 
 
 def read_image(path, image_size):
     """An image file as RGB, uint8 (3, image_size, image_size), on white where it is transparent."""
     try:
-        with Image.open(path) as file:
-            # 16-bit grey, which PIL would clip, becomes 8-bit grey.
-            image = file
-            if file.mode.startswith("I;16"):
-                image = file.convert("I").point(lambda value: value / 257)
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "I":
-                image = image.convert("L")
-            image = image.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} can't be read as an image: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = decode_image(path)
+    except Exception as error:
+        raise ValueError(f"{path} can't be read as an image: {in_one_line(error)}") from None
 
     # On white, then resized and cropped
     white = Image.new("RGBA", image.size, "white")
@@ -1109,13 +1198,35 @@ def read_image(path, image_size):
 
 
 def load_training_data(config, device):
-    """Returns images, labels, and the number of classes (None if the network is not to learn the labels)."""
-    images, labels = load_data(config.data, config.image_size, device, split="train")
-    if images.shape[2:] != (config.image_size, config.image_size):
-        raise ValueError(f"image_size must be {images.shape[2]} for {config.data}, got {config.image_size}")
-    if labels is None or not config.conditional:
+    """Returns images, labels (None if the network is not to learn them) and the names of the classes (None likewise).
+    Rank 0 says what a folder holds."""
+    data = read_data(config.data, config.image_size)
+    if data.images.shape[2:] != (config.image_size, config.image_size):
+        raise ValueError(f"image_size must be {data.images.shape[2]} for {config.data}, got {config.image_size}")
+    rank, _ = rank_and_world_size()
+    if rank == 0 and config.data not in PRESETS:
+        print(describe_folder(config.data, data))
+    chosen = ~data.held_out
+    images = data.images[chosen].to(device)
+    if data.labels is None or not config.conditional:
         return images, None, None
-    return images, labels, int(labels.max()) + 1
+    return images, data.labels[chosen].to(device), data.classes
+
+
+def describe_folder(folder, data):
+    """What was read from a folder: images, colours, size, classes with their numbers of images, and what was not."""
+    count, channels, height, width = data.images.shape
+    colour = "colour" if channels == 3 else "grey"
+    lines = [f"{folder}: {count:,} {colour} images as {height}×{width}; {data.held_out.sum():,} of them held out"]
+    if data.skipped:
+        suffixes = sorted({Path(name).suffix or name for name in data.skipped})
+        lines[0] += f"; {len(data.skipped):,} other files not read ({', '.join(suffixes[:5])})"
+    if data.classes:
+        counts = data.labels.bincount().tolist()
+        named = [f"{i} = {name or '(no folder)'} ({counts[i]:,})" for i, name in enumerate(data.classes[:20])]
+        more = ["…"] if len(data.classes) > 20 else []
+        lines.append("labels: " + ", ".join([*named, *more]))
+    return "\n".join(lines)
 
 
 def to_model(pixels):
@@ -1254,7 +1365,7 @@ class Sampling:
     )
     eta: float = option(0.0, "noise of ddim: 0 is deterministic, 1 has the noise of ddpm", 0, 1)
     guidance: float = option(0.0, "weight of classifier-free guidance; 0 is none")
-    label: int = option(None, "the class to draw", shown="all in turn")
+    label: str = option(None, "the class to draw, by name or number", shown="all in turn")
     unconditional: bool = option(False, "draw without labels")
     sampling_batch: int = option(64, "images drawn at once", 1)
     individual: bool = option(False, "also write every image as a PNG of its own")
@@ -1273,10 +1384,12 @@ def check_sampling(options, run):
     wants_label = options.label is not None or options.guidance != 0
     if not classes and wants_label:
         raise ValueError(f"--label and --guidance need a network that learned labels; that in {run.config.out} did not")
+    if classes and run.config.label_dropout == 0 and (options.unconditional or options.guidance != 0):
+        raise ValueError("--guidance and --unconditional need a network trained with --label-dropout above 0")
     if options.unconditional and wants_label:
         raise ValueError("--unconditional goes with neither --label nor --guidance")
-    if options.label is not None and not 0 <= options.label < classes:
-        raise ValueError(f"--label must lie in 0…{classes - 1}, got {options.label}")
+    if options.label is not None:
+        run.find_label(options.label)
 
 
 # The paper's appendix B for CIFAR-10, and settings for other data sets; Config's defaults are those of the digits.
@@ -1310,6 +1423,7 @@ FOLDER = dict(
     PAPER,
     dim=64,
     conditional=True,
+    flip=False,
     steps=50_000,
     lr=5e-4,
     warmup=500,
@@ -1615,6 +1729,8 @@ class TrainingState:
     ema: UNet
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    classes: list  # the names of the labels, or None
+    images: int  # the number of images trained on
     step: int = 0
 
     def parts(self):
@@ -1627,10 +1743,19 @@ class TrainingState:
         step = checkpoint["step"]
         if classes != self.model.num_classes:
             raise ValueError(f"{config.data} has {self.model.num_classes} classes, the run in {config.out} {classes}")
+        if checkpoint.get("classes", self.classes) != self.classes:
+            raise ValueError(f"{config.data} has other classes than the run in {config.out}: {checkpoint['classes']}")
+        if checkpoint["image_channels"] != self.model.image_channels:
+            before = checkpoint["image_channels"]
+            raise ValueError(
+                f"{config.data} has {self.model.image_channels} channels, the run in {config.out} {before}"
+            )
         if step >= config.steps:
             raise ValueError(f"{config.out} has its {step:,} steps already: use --steps N with a larger N")
         for name, part in self.parts().items():
             part.load_state_dict(checkpoint[name])
+        if checkpoint.get("images", self.images) != self.images:
+            print(f"{config.data} has {self.images:,} images to train on; it had {checkpoint['images']:,}")
         self.step = step
 
         # The checkpoint's rate is that of its own number of steps, which --steps may have changed.
@@ -1643,6 +1768,8 @@ class TrainingState:
         checkpoint["config"] = dataclasses.asdict(self.config)
         checkpoint["image_channels"] = self.model.image_channels
         checkpoint["num_classes"] = self.model.num_classes
+        checkpoint["classes"] = self.classes
+        checkpoint["images"] = self.images
         atomic_write(Path(self.config.out) / "checkpoint.pt", functools.partial(torch.save, checkpoint))
 
 
@@ -1669,11 +1796,13 @@ def averaged_network(checkpoint):
     return network.eval()
 
 
+LOG_HEADER = "step,loss,gradient_norm,learning_rate,images_per_second\n"
+
+
 def start_folder(out, first_step):
     """For a new run (first_step = 0), make an empty folder; an earlier run there is renamed. For a resumed run, cut
     log.csv off at first_step."""
     # The rows to keep, or the new name of an earlier run
-    header = "step,loss,gradient_norm,learning_rate,images_per_second\n"
     rows = []
     if first_step > 0:
         rows = (out / "log.csv").read_text().splitlines(keepends=True)[1:]
@@ -1687,7 +1816,7 @@ def start_folder(out, first_step):
     # The folder, and log.csv in it
     out.mkdir(parents=True, exist_ok=True)
     kept = [row for row in rows if int(row.split(",")[0]) <= first_step]
-    atomic_write(out / "log.csv", lambda file: file.write("".join([header, *kept]).encode()))
+    atomic_write(out / "log.csv", lambda file: file.write("".join([LOG_HEADER, *kept]).encode()))
 
 
 def announce(config, state, images):

@@ -21,6 +21,7 @@ With this network each step of a sampler is an affine map of (x_t, z), so the me
 computed without random numbers.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -39,6 +40,7 @@ import sys
 import time
 import types
 import warnings
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -2626,12 +2628,154 @@ def test_images_are_cropped_averaged_and_turned_upright(tmp_path):
     assert (turned[:, :, :5] == 0).all()
 
 
+def test_what_is_read_in_a_folder(tmp_path):
+    """Hidden files and folders, files that are no images, and a run's own grids are left out; a linked folder of images
+    is read, a link back to its parent is not followed. Classes are in natural order."""
+    for name in ("1/a.png", "2/a.png", "10/a.png", "10/._b.png", ".ipynb_checkpoints/1/c.png", "1/sub/d.PNG"):
+        save(tmp_path / "images" / name)
+    save(tmp_path / "elsewhere" / "e.jpg")
+    (tmp_path / "images" / "11").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "1" / "back").symlink_to(tmp_path / "images")
+    run = tmp_path / "images" / "runs" / "images"
+    save(run / "samples-000010.png")
+    (run / "log.csv").write_text("step,loss,gradient_norm,learning_rate,images_per_second\n")
+    for name in ("notes.pdf", "sheet.eps", "values.h5", "1/film.mpg"):
+        (tmp_path / "images" / name).write_text("no image")
+    data = ddpm.read_data(str(tmp_path / "images"), 8)
+    assert data.classes == ["1", "2", "10", "11"]
+    assert data.labels.tolist() == [0, 0, 1, 2, 3]
+    assert sorted(data.skipped) == ["film.mpg", "notes.pdf", "sheet.eps", "values.h5"]
+
+
+def test_which_images_of_a_folder_are_held_out(tmp_path):
+    """Those whose file has a CRC-32 divisible by ten: another image or another name changes nothing for the rest. If
+    that were all of them, none is held out."""
+    rng = np.random.default_rng(SEED)
+    for i in range(100):
+        path = tmp_path / "images" / f"{i}.png"
+        save(path, size=(8, 8), colour=tuple(rng.integers(256, size=3).tolist()))
+    files = {path: zlib.crc32(path.read_bytes()) % 10 == 0 for path in (tmp_path / "images").iterdir()}
+    colours = {path: tuple(np.asarray(Image.open(path))[4, 4].tolist()) for path in files}
+
+    def assert_split(files):
+        for name, held_out in (("test", True), ("train", False)):
+            images, _ = ddpm.load_data(str(tmp_path / "images"), 8, split=name)
+            got = [tuple(image[:, 4, 4].tolist()) for image in images]
+            assert sorted(got) == sorted(colours[path] for path, out in files.items() if out is held_out)
+
+    assert_split(files)
+    kept_out = next(path for path, out in files.items() if out)
+    kept_out.rename(tmp_path / "images" / "zz.png")
+    assert_split(files)
+    added = tmp_path / "images" / "0a.png"
+    save(added, size=(8, 9), colour=(1, 2, 3))
+    colours[added] = (1, 2, 3)
+    assert_split({**files, added: zlib.crc32(added.read_bytes()) % 10 == 0})
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.png").write_bytes((tmp_path / "images" / "zz.png").read_bytes())
+    assert len(ddpm.load_data(str(tmp_path / "one"), 8, split="train")[0]) == 1
+
+
+def test_grey_images_have_one_channel_and_deep_ones_are_read_right(tmp_path):
+    """A folder of grey images, whatever their mode, has one channel; with one colour image it has three. 16 bits become
+    8; pixels of 32 bits, whose range is not known, are refused by name."""
+    save(tmp_path / "l.png", mode="L", colour=(80, 80, 80))
+    save(tmp_path / "rgb.jpg", colour=(80, 80, 80))
+    Image.fromarray(np.full((5, 5), 257 * 80, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((5, 5), 257 * 80, np.uint16)).save(tmp_path / "deep.tif")
+    images, _ = ddpm.load_data(str(tmp_path), 4)
+    assert images.shape == (4, 1, 4, 4)
+    assert (images == 80).all()
+    save(tmp_path / "red.png")
+    assert ddpm.load_data(str(tmp_path), 4)[0].shape == (5, 3, 4, 4)
+    for pixels in (np.full((5, 5), 0.5, np.float32), np.full((5, 5), 300, np.int32)):
+        Image.fromarray(pixels).save(tmp_path / "values.tif")
+        with pytest.raises(ValueError, match=r"values.tif can't be read as an image: .*32 bits"):
+            ddpm.load_data(str(tmp_path), 4)
+
+
+FORMATS = ("png", "jpg", "gif", "bmp", "ppm", "pgm", "tif", "webp", "tga", "jp2")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_damaged_image_is_read_or_named(suffix, tmp_path):
+    """Forty damaged copies of a small image of each format: cut off, a byte changed, a stretch of zeros or noise. Each
+    is read, or refused with a ValueError of one line that names the file."""
+    rng = np.random.default_rng([SEED, FORMATS.index(suffix)])
+    path = tmp_path / f"image.{suffix}"
+    mode = "L" if suffix == "pgm" else "RGB"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    how = dict(exif=exif) if suffix in ("jpg", "png", "webp") else {}
+    try:
+        Image.fromarray(rng.integers(256, size=(12, 9, 3), dtype=np.uint8)).convert(mode).save(path, **how)
+    except (OSError, KeyError):
+        pytest.skip(f"this Pillow can't write .{suffix}: pip install --upgrade pillow")
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    refused = 0
+    for i in range(40):
+        damaged, at = whole.copy(), int(rng.integers(len(whole)))
+        if i % 4 == 0:
+            damaged = damaged[:at]
+        elif i % 4 == 1:
+            damaged[at] ^= 1 << int(rng.integers(8))
+        elif i % 4 == 2:
+            damaged[at : at + 16] = 0
+        else:
+            damaged[at : at + 16] = rng.integers(256, size=len(damaged[at : at + 16]))
+        path.write_bytes(damaged.tobytes())
+        try:
+            assert ddpm.read_image(path, 8).shape == (3, 8, 8)
+        except ValueError as error:
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 0
+
+
+def test_a_folder_is_described_before_training(folder, capsys):
+    """How many images of which colour and size, held out, not read; classes with their numbers of images. Training
+    stores the names, --label takes them, and resuming refuses other classes and mentions other images."""
+    for i in range(30):
+        save(folder / "pictures" / ("cats", "dogs")[i % 3 == 0] / f"{i}.png", size=(8, 8), colour=(8 * i, 0, 99))
+    (folder / "pictures" / "notes.txt").write_text("")
+    how = {**TINY, "data": "pictures", "image_size": 8, "steps": 2}
+    assert cli("--train", *flags(how)) == 0
+    held_out = sum(zlib.crc32(path.read_bytes()) % 10 == 0 for path in Path("pictures").rglob("*.png"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == [
+        f"pictures: 30 colour images as 8×8; {held_out} of them held out; 1 other files not read (.txt)",
+        "labels: 0 = cats (20), 1 = dogs (10)",
+    ]
+    assert said[2].startswith(f"{30 - held_out} images of pictures, ")
+
+    out = ("--out", "runs/pictures", "--no-bf16", "--sampling-steps", 2)
+    pictures = []
+    for label in ("dogs", "1"):
+        assert cli("--sample", 4, "--label", label, *out) == 0
+        pictures.append(Path("runs/pictures/samples.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert cli("--sample", 4, "--label", "birds", *out) == 2
+    assert "--label must lie in 0…1 or be one of cats, dogs, got birds" in capsys.readouterr().err
+
+    save(folder / "pictures" / "dogs" / "new.png", size=(8, 9))
+    assert cli("--train", "--resume", "--steps", 3) == 0
+    more = 31 - held_out - (zlib.crc32(Path("pictures/dogs/new.png").read_bytes()) % 10 == 0)
+    if more != 30 - held_out:
+        assert f"pictures has {more} images to train on; it had {30 - held_out}" in capsys.readouterr().out
+    Path("pictures/cats").rename("pictures/zebras")
+    assert cli("--train", "--resume", "--steps", 4) == 2
+    assert "pictures has other classes than the run in runs/pictures: ['cats', 'dogs']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, channels", [("mnist", 1), ("fashion_mnist", 1), ("cifar10", 3)])
-def test_torchvision_data_sets_arrive_channels_first(name, channels, monkeypatch):
+def test_torchvision_data_sets_arrive_channels_first(name, channels, folder, monkeypatch):
     """torchvision's containers (a tensor for MNIST, an HWC array and a list for CIFAR-10) become uint8 (N, C, H, W) and
     int64; "test" is the test set, "train" and None the training set."""
 
     class Fake:
+        classes = [f"class {i}" for i in range(6)]
+
         def __init__(self, root, train, download):
             assert (root, download) == ("data", True)
             self.data = np.zeros((6, 32, 32, 3), np.uint8) if channels == 3 else torch.zeros(6, 28, 28).byte()
@@ -2649,7 +2793,27 @@ def test_torchvision_data_sets_arrive_channels_first(name, channels, monkeypatch
         assert labels.dtype == torch.int64
 
 
-def test_a_failed_download_is_one_line_that_says_what_to_do(monkeypatch):
+def test_one_process_downloads_and_the_others_wait(folder, monkeypatch):
+    """Four threads ask for a data set at once; torchvision is called by one at a time."""
+    inside, most = [], []
+
+    class Fake:
+        classes = ["one"]
+
+        def __init__(self, root, train, download):
+            inside.append(1)
+            time.sleep(0.05)
+            most.append(len(inside))
+            inside.pop()
+            self.data, self.targets = torch.zeros(6, 28, 28).byte(), torch.zeros(6).long()
+
+    monkeypatch.setitem(ddpm.TORCHVISION, "mnist", Fake)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(ddpm.load_data, ["mnist"] * 4))
+    assert most == [1] * 4
+
+
+def test_a_failed_download_is_one_line_that_says_what_to_do(folder, monkeypatch):
     """It names the reason and the alternatives."""
 
     def offline(*_, **__):
@@ -2682,7 +2846,7 @@ UNUSUAL = dict(
     lr_decay="linear",
     grad_clip=0.5,
     ema_decay=0.05,
-    flip=False,
+    flip=True,
     seed=SEED + 11,
     log_every=3,
     sample_every=2,
@@ -2866,7 +3030,7 @@ SETTINGS = dict(
         warmup=500,
         lr_decay="constant",
         dropout=0.1,
-        flip=True,
+        flip=False,
         conditional=True,
     ),
 )
@@ -3122,7 +3286,9 @@ def test_labels_are_learned_unless_told_otherwise(folder):
     not among the weights."""
     saved = train(steps=1)
     assert saved["num_classes"] == 10
-    assert set(saved) == {"model", "ema", "optimizer", "scheduler", "step", "config", "image_channels", "num_classes"}
+    parts = {"model", "ema", "optimizer", "scheduler", "step", "config"}
+    assert set(saved) == parts | {"image_channels", "num_classes", "classes", "images"}
+    assert saved["classes"] == list("0123456789")
     assert not [name for name in [*saved["model"], *saved["ema"]] if "alphas" in name or "betas" in name]
     assert train(steps=1, conditional=False)["num_classes"] is None
 
@@ -4091,6 +4257,7 @@ def trained(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(ddpm.Run, "grid", lambda run, step: None)
         train(steps=1, conditional=False, out="runs/plain")
+        train(steps=1, label_dropout=0, out="runs/no_dropout")
         train(steps=1)
     (folder / "empty").mkdir()
     save(folder / "broken" / "good.png")
@@ -4147,6 +4314,8 @@ REFUSED = [
     ("--train --data nowhere --steps 1", "nowhere"),
     ("--train --data empty --steps 1", "no images in empty"),
     ("--train --data broken --steps 1", "broken/bad.png"),
+    ("--sample 4 --out runs/no_dropout --guidance 1", "--guidance and --unconditional need .* --label-dropout above 0"),
+    ("--sample 4 --out runs/no_dropout --unconditional", "--guidance and --unconditional need .* --label-dropout"),
     ("--train --data truncated --steps 1", "truncated/cut.png"),
     ("--train --data runs/digits/checkpoint.pt --steps 1", "checkpoint.pt"),
     ("--train --sampler ddim", "--sampler does not go with --train"),
