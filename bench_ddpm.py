@@ -36,7 +36,6 @@ from PIL import Image
 from scipy import linalg
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import ddpm
@@ -738,7 +737,7 @@ def training_cost(batch_size, image_size, device):
     with tempfile.TemporaryDirectory() as folder:
         for i in range(4):
             pixels = torch.randint(256, (3, image_size, image_size), dtype=torch.uint8)
-            to_pil_image(pixels).save(Path(folder) / f"{i}.png")
+            ddpm.pixels_to_image(pixels).save(Path(folder) / f"{i}.png")
         config = dataclasses.replace(
             ddpm.preset("cifar10"),
             data=folder,

@@ -21,13 +21,16 @@ import functools
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
+import zipfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -36,12 +39,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # ---- 1. Noise schedules ----------------------------------------------------------------------------------------------
@@ -706,8 +706,7 @@ def train(config, checkpoint=None, watch=None):
     # Set-up
     rank, world_size = rank_and_world_size()
     images, labels, num_classes, state, diffusion = prepare_training(config, checkpoint)
-    network, log = start_training(config, state, images)
-    with record_signals() as signals, training_bar(config, state.step) as bar:
+    with start_training(config, state, images) as (network, log, signals, bar):
         for step in range(state.step, config.steps):
             torch.manual_seed(derive_seed(config.seed, "training", step, rank))  # so that a resumed run draws the same
             chosen = torch.randint(len(images), (config.batch_size // world_size,), device=images.device)
@@ -782,15 +781,19 @@ def prepare_training(config, checkpoint):
     return images, labels, num_classes, state, diffusion.to(device)
 
 
+@contextlib.contextmanager
 def start_training(config, state, images):
-    """Make the run's folder, join the processes, compile the network. Returns the network to call, and the log."""
+    """Context manager of a training: locks the run's folder and makes it, joins the processes, compiles the network,
+    records signals, shows a bar. Gives the network to call, the log, the signals and the bar."""
     rank, _ = rank_and_world_size()
-    if rank == 0:
-        start_folder(Path(config.out), state.step)
-        announce(config, state, images)
-    network, control = share_between_processes(state.model, images.device)
-    network = maybe_compile(config, images.device, network)
-    return network, TrainingLog(config, control)
+    with lock_folder(Path(config.out)) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            start_folder(Path(config.out), state.step)
+            announce(config, state, images)
+        network, control = share_between_processes(state.model, images.device)
+        network = maybe_compile(config, images.device, network)
+        with record_signals() as signals, training_bar(config, state.step) as bar:
+            yield network, TrainingLog(config, control), signals, bar
 
 
 def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
@@ -894,6 +897,10 @@ class Run:
         diffusion = self.diffusion
         if sampler not in ("dpm-solver", "ddim", "ddpm"):
             raise ValueError(f"sampler must be dpm-solver, ddim or ddpm, got {sampler!r}")
+        if eta != 0 and sampler != "ddim":
+            raise ValueError(f"eta is DDIM's, got {eta} with {sampler}")
+        if guidance != 0 and labels is None:
+            raise ValueError(f"guidance needs labels, got {guidance} without")
         if sampler == "dpm-solver":
             steps = sampling_steps or min(10, diffusion.timesteps)
             return diffusion.dpm_solver_sample_steps(model, x_t, steps)
@@ -943,6 +950,8 @@ def sample(run, count, seed=0, **options):
     check_sampling(options, run)
     if count < 1:
         raise ValueError(f"--sample must be at least 1, got {count}")
+    out = Path(run.config.out)
+    check_output(out, options.individual)
     batches = math.ceil(count / options.sampling_batch)
     size = math.ceil(count / batches)
 
@@ -965,7 +974,7 @@ def sample(run, count, seed=0, **options):
     if rank > 0:
         return []
     pixels = torch.cat([drawn[i] for i in range(batches)])[:count]
-    return write_samples(Path(run.config.out), pixels, columns, options.individual, frames)
+    return write_samples(out, pixels, columns, options.individual, frames)
 
 
 def draw_batches(run, batches, size, labels, seed, options):
@@ -982,6 +991,8 @@ def draw_batches(run, batches, size, labels, seed, options):
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
             if options.animate and i == 0:
                 frames.append(to_pixels(x_t).cpu())
+        if not x_t.isfinite().all():
+            raise ValueError(f"the samples are not finite: the weights in {run.config.out} are not")
         drawn[i] = to_pixels(x_t).cpu()
     return drawn, frames
 
@@ -1027,11 +1038,7 @@ def evaluate(run, count, seed=0):
 
 # ---- 7. Data ---------------------------------------------------------------------------------------------------------
 
-TORCHVISION = {
-    "mnist": datasets.MNIST,
-    "fashion_mnist": datasets.FashionMNIST,
-    "cifar10": datasets.CIFAR10,
-}
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}  # names in torchvision.datasets
 
 
 @dataclasses.dataclass
@@ -1080,12 +1087,14 @@ def read_data(name_or_folder, image_size, split=None):
 
 def load_torchvision(name, split):
     """torchvision's training set, or with split="test" its test set. One process downloads, others wait."""
+    from torchvision import datasets  # here, because it takes as long to import as all the rest
+
     folder = Path("data")
     try:
         folder.mkdir(exist_ok=True)
         writable = os.access(folder, os.W_OK)
         with FileLock(folder / ".lock") if writable else contextlib.nullcontext():
-            dataset = TORCHVISION[name](str(folder), train=split != "test", download=True)
+            dataset = getattr(datasets, TORCHVISION[name])(str(folder), train=split != "test", download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{name} is not in data/ and can't be downloaded ({error}); without a network use --data digits or "
@@ -1104,7 +1113,7 @@ def load_torchvision(name, split):
 
 def load_digits():
     """The 1,797 digits of assets/digits.png: ten rows of 8×8 tiles, one row a digit, padded with black tiles."""
-    sheet = pil_to_tensor(Image.open(Path(__file__).parent / "assets" / "digits.png"))[0]
+    sheet = image_to_pixels(Image.open(Path(__file__).parent / "assets" / "digits.png"))[0]
     tiles = sheet.reshape(10, 8, -1, 8).transpose(1, 2)  # (10, tiles in a row, 8, 8)
     labels, columns = torch.nonzero(tiles.flatten(2).any(2), as_tuple=True)
     held_out = torch.arange(len(labels)) % 10 == 9
@@ -1113,7 +1122,7 @@ def load_digits():
 
 # A folder of images
 
-IMAGE_SUFFIXES = {*datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".jp2", ".tga"}
+IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .pnm .tga .jp2 .avif".split())
 
 
 def load_folder(folder, image_size):
@@ -1194,7 +1203,7 @@ def read_image(path, image_size):
     # On white, then resized and cropped
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
-    return pil_to_tensor(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
+    return image_to_pixels(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
 
 
 def load_training_data(config, device):
@@ -1229,6 +1238,18 @@ def describe_folder(folder, data):
     return "\n".join(lines)
 
 
+def image_to_pixels(image):
+    """A PIL image, grey or RGB, as uint8 (C, H, W)."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def pixels_to_image(pixels):
+    """uint8 (C, H, W) as a PIL image, grey or RGB."""
+    pixels = pixels.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
 def to_model(pixels):
     """uint8 0…255 → float [−1, 1]."""
     return pixels.float() / 127.5 - 1
@@ -1250,12 +1271,34 @@ def option(default, help, low=-math.inf, high=math.inf, choices=None, shown=None
     )
 
 
+def convert_option(value, kind, name):
+    """A value as a plain int, float, bool, str or tuple of ints, as a checkpoint holds it; from NumPy's numbers and a
+    Path, too. Raises ValueError if it is none of that kind."""
+    try:
+        if kind is bool and isinstance(value, (bool, np.bool_)):
+            return bool(value)
+        if kind is int and not isinstance(value, bool):
+            return operator.index(value)
+        if kind is float and not isinstance(value, (bool, str)):
+            return float(value)
+        if kind is tuple and not isinstance(value, str):
+            return tuple(operator.index(number) for number in value)
+        if kind is str and isinstance(value, (str, os.PathLike, int)):
+            return str(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+
+
 def check_options(options, spell=str):
-    """Raise ValueError for a field of a dataclass of options outside its bounds or choices; spell turns its name into
-    that of the message."""
+    """Convert the fields of a dataclass of options to their types. Raise ValueError for one outside its bounds or
+    choices; spell turns its name into that of the message."""
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
         name = spell(field.name)
+        value = getattr(options, field.name)
+        if value is not None or field.default is not None:
+            value = convert_option(value, field.type, name)
+            setattr(options, field.name, value)
         low = field.metadata["low"]
         high = field.metadata["high"]
         choices = field.metadata["choices"]
@@ -1454,9 +1497,9 @@ def linear_ends(timesteps):
     return 1e-4 * scale, min(0.02 * scale, 0.999)
 
 
-def build(config, image_channels, num_classes):
-    """The network and the diffusion of a Config."""
-    network = UNet(
+def build_network(config, image_channels, num_classes):
+    """The network of a Config."""
+    return UNet(
         image_channels,
         config.dim,
         config.dim_mults,
@@ -1467,7 +1510,11 @@ def build(config, image_channels, num_classes):
         num_classes=num_classes,
         learned_variance=config.variance == "learned_range",
     )
-    return network, build_diffusion(config)
+
+
+def build(config, image_channels, num_classes):
+    """The network and the diffusion of a Config."""
+    return build_network(config, image_channels, num_classes), build_diffusion(config)
 
 
 # ---- 9. Files and devices --------------------------------------------------------------------------------------------
@@ -1587,8 +1634,12 @@ def keep_freed_memory():
 
 
 def rank_and_world_size():
-    """The number of this process and the number of processes, as set by torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """The number of this process and the number of processes, as set by torchrun. Raises ValueError for half of it."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}: torchrun sets both, else unset both")
+    return rank, world_size
 
 
 def share_between_processes(model, device):
@@ -1614,9 +1665,14 @@ def gather_batches(drawn):
 
 @contextlib.contextmanager
 def record_signals():
-    """Context manager that records the first SIGINT or SIGTERM in a list; a second one terminates the process."""
+    """Context manager that records the first SIGINT, SIGTERM or SIGHUP (a closed terminal) in a list; a second one
+    terminates the process. One that is ignored, as by nohup, stays ignored. Only the main thread can record signals."""
     received = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def record(number, frame):
         received.append(number)
@@ -1676,16 +1732,38 @@ def write_folder(path, save):
 
 
 def make_grid_image(pixels, columns=None):
-    """Images, uint8 (N, C, H, W), as one grid (default: a square one); small images are enlarged."""
-    grid = make_grid(pixels.cpu(), nrow=columns or math.ceil(len(pixels) ** 0.5), padding=1, pad_value=64)
-    zoom = max(1, 32 // pixels.shape[-1])
-    return to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    """Images, uint8 (N, C, H, W), as one grid (default: a square one), row by row, with grey lines between them; small
+    images are enlarged."""
+    count, channels, height, width = pixels.shape
+    columns = min(count, columns or math.ceil(count**0.5))
+    rows = math.ceil(count / columns)
+    grid = torch.full((channels, rows * (height + 1) + 1, columns * (width + 1) + 1), 64, dtype=torch.uint8)
+    for i, image in enumerate(pixels.cpu()):
+        top = i // columns * (height + 1) + 1
+        left = i % columns * (width + 1) + 1
+        grid[:, top : top + height, left : left + width] = image
+    zoom = max(1, 32 // width)
+    return pixels_to_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+
+
+def check_output(out, individual):
+    """Make the folder for samples. Raises ValueError if it can't be written to, or if its folder individual, which is
+    replaced, holds other files than the images of an earlier call."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"samples can't be written to {out}: it is read-only")
+    folder = out / "individual"
+    if individual and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
+        raise ValueError(f"{folder} is no folder: move it away")
+    if individual and folder.is_dir():
+        others = [path.name for path in folder.iterdir() if not re.fullmatch(r"\d{5,}\.png", path.name)]
+        if others:
+            raise ValueError(f"{folder} holds {others[0]}, which --sample did not write: move it away")
 
 
 def write_samples(out, pixels, columns, individual, frames):
     """Write samples.png and, if wanted, the folder individual and samples.gif. Returns the paths written."""
     # The grid, of at most 1,024 images
-    out.mkdir(parents=True, exist_ok=True)
     paths = [out / "samples.png"]
     grid = make_grid_image(pixels[:1024], columns)
     atomic_write(paths[0], functools.partial(grid.save, format="PNG"))
@@ -1693,7 +1771,7 @@ def write_samples(out, pixels, columns, individual, frames):
     # Every image as a file of its own
     def save_individually(folder):
         for i, image in enumerate(pixels):
-            to_pil_image(image).save(folder / f"{i:05}.png")
+            pixels_to_image(image).save(folder / f"{i:05}.png")
 
     if individual:
         paths.append(out / "individual")
@@ -1753,7 +1831,11 @@ class TrainingState:
         if step >= config.steps:
             raise ValueError(f"{config.out} has its {step:,} steps already: use --steps N with a larger N")
         for name, part in self.parts().items():
-            part.load_state_dict(checkpoint[name])
+            try:
+                part.load_state_dict(checkpoint[name])
+            except Exception as error:  # a damaged state may raise almost anything
+                reason = f"its part {name} can't be restored ({in_one_line(error)})"
+                raise ValueError(f"{config.out}/checkpoint.pt: {reason}") from None
         if checkpoint.get("images", self.images) != self.images:
             print(f"{config.data} has {self.images:,} images to train on; it had {checkpoint['images']:,}")
         self.step = step
@@ -1779,21 +1861,62 @@ def read_checkpoint(out, device="cpu"):
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: --out names the folder of a run; python ddpm.py --train makes one")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        settings = dict(checkpoint["config"], out=str(out))
-        checkpoint["config"] = Config(**settings)
-        # KeyError for a checkpoint from before UNet had the published names
-        checkpoint["ema"]["time_embedding.linear_1.weight"]
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+        check_checkpoint(checkpoint, out)
     except Exception as error:  # a malformed file may raise almost anything
-        raise ValueError(f"{path} is no checkpoint of ddpm.py, or not a whole one ({type(error).__name__})") from None
+        reason = in_one_line(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{path} is no checkpoint of ddpm.py, or not a whole one ({reason})") from None
     return checkpoint
+
+
+def check_checkpoint(checkpoint, out):
+    """Turn the settings of a checkpoint into a Config. Raises almost anything if a part is missing, has another type,
+    or does not fit the network of that Config."""
+    checkpoint["config"] = Config(**dict(checkpoint["config"], out=str(out)))
+    for name, low in {"step": 1, "image_channels": 1, "num_classes": 1}.items():
+        value = checkpoint[name]
+        if not (type(value) is int and value >= low) and not (name == "num_classes" and value is None):
+            raise ValueError(f"{name} is {value!r}")
+    with torch.device("meta"):  # shapes without values
+        network = build_network(checkpoint["config"], checkpoint["image_channels"], checkpoint["num_classes"])
+    wanted = {name: weight.shape for name, weight in network.state_dict().items()}
+    for part in ("model", "ema"):
+        found = {name: weight.shape for name, weight in checkpoint[part].items() if weight.is_floating_point()}
+        differing = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+        if differing:
+            name = differing[0]
+            raise ValueError(f"{part}: {name} is {found.get(name)}, not {wanted.get(name)}")
+    for name in ("optimizer", "scheduler"):
+        if not isinstance(checkpoint[name], dict):
+            raise ValueError(f"{name} is {checkpoint[name]!r}")
 
 
 def averaged_network(checkpoint):
     """The network of a checkpoint, with the averaged weights."""
-    network, _ = build(checkpoint["config"], checkpoint["image_channels"], checkpoint["num_classes"])
+    network = build_network(checkpoint["config"], checkpoint["image_channels"], checkpoint["num_classes"])
     network.load_state_dict(checkpoint["ema"])
     return network.eval()
+
+
+@contextlib.contextmanager
+def lock_folder(out):
+    """Context manager that keeps other trainings out of a run's folder; the lock ends with the process. It lies beside
+    the folder, as .NAME.lock. Raises ValueError if another training holds it."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is no folder: --out names the folder of a run")
+    path = out.resolve().with_name(f".{out.resolve().name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(f"another training is running in {out}: --out names another folder") from None
 
 
 LOG_HEADER = "step,loss,gradient_norm,learning_rate,images_per_second\n"
@@ -1805,7 +1928,7 @@ def start_folder(out, first_step):
     # The rows to keep, or the new name of an earlier run
     rows = []
     if first_step > 0:
-        rows = (out / "log.csv").read_text().splitlines(keepends=True)[1:]
+        rows = read_rows(out / "log.csv", first_step)
     elif (out / "checkpoint.pt").exists():
         n = 1
         while out.with_name(f"{out.name}-{n}").exists():
@@ -1815,8 +1938,16 @@ def start_folder(out, first_step):
 
     # The folder, and log.csv in it
     out.mkdir(parents=True, exist_ok=True)
-    kept = [row for row in rows if int(row.split(",")[0]) <= first_step]
-    atomic_write(out / "log.csv", lambda file: file.write("".join([LOG_HEADER, *kept]).encode()))
+    atomic_write(out / "log.csv", lambda file: file.write("".join([LOG_HEADER, *rows]).encode()))
+
+
+def read_rows(path, last_step):
+    """The rows of a log.csv up to a step. What is no whole row is left out; a missing file has none."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(errors="replace").splitlines()
+    rows = [line for line in lines if re.fullmatch(r"\d+(,[-+.\de]+){4}", line)]
+    return [f"{row}\n" for row in rows if int(row.split(",")[0]) <= last_step]
 
 
 def announce(config, state, images):
@@ -2271,6 +2402,9 @@ def parse(arguments):
         allowed.add("resume")
 
     # What it takes
+    for name, value in given.items():
+        if value == "":
+            parser.error(f"{as_flag(name)} must not be empty")
     allowed.update(MODES[mode])
     for name in given:
         if name not in allowed:
@@ -2292,6 +2426,12 @@ def find_run(given):
     return str(checkpoints[-1].parent)
 
 
+def refuse_two_runs(given):
+    """--sample and --export need no data, so that --data could only name another run than --out."""
+    if "out" in given and "data" in given:
+        raise ValueError(f"--data {given['data']} does not go with --out {given['out']}: both name a run")
+
+
 def given_machine(given):
     return {name: given[name] for name in MACHINE if name in given}
 
@@ -2303,7 +2443,6 @@ def run_train(given):
     # --resume
     if "resume" in given:
         checkpoint = read_checkpoint(find_run(given))
-        settings.pop("data", None)
         config = dataclasses.replace(checkpoint["config"], **settings)
         out = train(config, checkpoint)
 
@@ -2329,6 +2468,7 @@ def run_train(given):
 
 def run_sample(given):
     """--sample, from a run or from published weights."""
+    refuse_two_runs(given)
     if "eta" in given and given.get("sampler") != "ddim":
         raise ValueError(f"--eta {given['eta']} is DDIM's: it goes with --sampler ddim only")
     if "weights" not in given:
@@ -2345,11 +2485,14 @@ def run_sample(given):
 def run_evaluate(given):
     """--evaluate."""
     run = Run.read(find_run(given), **given_machine(given))
+    if "data" in given:
+        run.config = dataclasses.replace(run.config, data=given["data"])
     evaluate(run, given["evaluate"], given.get("seed", 0))
 
 
 def run_export(given):
     """--export."""
+    refuse_two_runs(given)
     checkpoint = read_checkpoint(find_run(given))
     export(checkpoint, given["export"])
     print(f"diffusers.UNet2DModel.from_pretrained({given['export']!r}) loads it")
@@ -2359,9 +2502,12 @@ def run_export(given):
 
 def main(arguments=None):
     """Run the command line. User errors end with one line and exit status 2, interruptions with status 130."""
-    mode, given = parse(sys.argv[1:] if arguments is None else arguments)
-    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that has no β prints ? in its place
     try:
+        mode, given = parse(sys.argv[1:] if arguments is None else arguments)
+        keep_freed_memory()
         if not 0 <= given.get("seed", 0) < 2**32:
             raise ValueError(f"--seed must lie in 0…{2**32 - 1}, got {given['seed']}")
         if mode == "sample":
@@ -2372,7 +2518,11 @@ def main(arguments=None):
             run_export(given)
         else:
             run_train(given)
+        sys.stdout.flush()
         return
+    except BrokenPipeError:  # whoever read the output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except (ValueError, OSError) as error:
         status = 2
         line = f"error: {error}"

@@ -27,6 +27,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -40,6 +41,7 @@ import sys
 import time
 import types
 import warnings
+import zipfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -51,6 +53,7 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageSequence
 from torch import nn
 
@@ -2449,6 +2452,10 @@ def test_a_run_draws_what_its_checkpoint_holds(random_run, monkeypatch):
     assert torch.equal(a, b)
     with pytest.raises(ValueError, match="dpm-solver, ddim or ddpm, got 'DDIM'"):
         run.trajectory(4, sampler="DDIM")
+    with pytest.raises(ValueError, match="eta is DDIM's, got 0.5 with ddpm"):
+        run.trajectory(4, sampler="ddpm", eta=0.5)
+    with pytest.raises(ValueError, match="guidance needs labels, got 1.0 without"):
+        run.trajectory(4, guidance=1.0)
 
 
 def test_training_draws_grids_a_column_a_class(folder, monkeypatch):
@@ -2568,6 +2575,21 @@ def test_pixels_are_scaled_to_minus_one_and_one_and_back():
     assert torch.equal(ddpm.to_pixels(ddpm.to_model(pixels)), pixels)
     x = torch.tensor([-3.0, 3.0, -1 + 0.9 / 255, -1 + 1.1 / 255, 1 - 0.9 / 255, 1 - 1.1 / 255])
     assert ddpm.to_pixels(x).tolist() == [0, 255, 0, 1, 255, 254]
+
+
+def test_a_grid_is_torchvisions(folder):
+    """Rows, columns, lines and the empty places of the last row are those of torchvision's make_grid, enlarged until an
+    image is at least 32 pixels wide."""
+    for count, channels, columns, size in ((7, 3, 3, 8), (2, 1, 10, 8), (5, 1, None, 20), (1, 3, None, 40)):
+        pixels = torch.randint(256, (count, channels, size, size), dtype=torch.uint8)
+        rows = columns or math.ceil(count**0.5)
+        want = torchvision.utils.make_grid(pixels, nrow=rows, padding=1, pad_value=64)
+        zoom = max(1, 32 // size)
+        if count == 1:  # torchvision draws no lines around a single image
+            want = F.pad(want, (1, 1, 1, 1), value=64)
+        got = np.asarray(ddpm.make_grid_image(pixels, columns).convert("RGB"))
+        assert (got[::zoom, ::zoom] == want.permute(1, 2, 0).numpy()).all()
+        assert got.shape[0] == zoom * want.shape[1]
 
 
 def save(path, mode="RGB", size=(20, 12), colour=(255, 0, 0)):
@@ -2782,7 +2804,9 @@ def test_torchvision_data_sets_arrive_channels_first(name, channels, folder, mon
             self.data[2:, 1, 3] = 7 if train else 9
             self.targets = list(range(6)) if channels == 3 else torch.arange(6)
 
-    monkeypatch.setitem(ddpm.TORCHVISION, name, Fake)
+    monkeypatch.setattr(
+        torchvision.datasets, dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")[name], Fake
+    )
     for split, value in ((None, 7), ("train", 7), ("test", 9)):
         images, labels = ddpm.load_data(name, split=split)
         assert images.shape == ((6, 1, 28, 28) if channels == 1 else (6, 3, 32, 32))
@@ -2807,7 +2831,7 @@ def test_one_process_downloads_and_the_others_wait(folder, monkeypatch):
             inside.pop()
             self.data, self.targets = torch.zeros(6, 28, 28).byte(), torch.zeros(6).long()
 
-    monkeypatch.setitem(ddpm.TORCHVISION, "mnist", Fake)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Fake)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(ddpm.load_data, ["mnist"] * 4))
     assert most == [1] * 4
@@ -2819,7 +2843,7 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(folder, monkeypatch)
     def offline(*_, **__):
         raise OSError("Name or service not known")
 
-    monkeypatch.setitem(ddpm.TORCHVISION, "cifar10", offline)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     with pytest.raises(ValueError, match="cifar10 .*Name or service not known.*--data digits"):
         ddpm.load_data("cifar10")
 
@@ -3215,7 +3239,9 @@ def test_a_resumed_run_takes_what_may_change_and_keeps_the_rest(folder, monkeypa
     assert log_of("run")[-1, 3] == 2e-3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+)
 @pytest.mark.parametrize("at, status", [(1, 130), (2, 130), (3, 0)])
 def test_a_signal_ends_training_after_its_step(at, status, number, folder, monkeypatch, capsys):
     """A signal during step 1 or 2 of 3: the step is finished and saved, one line says how to resume, exit status 130.
@@ -3242,13 +3268,101 @@ def test_a_signal_ends_training_after_its_step(at, status, number, folder, monke
     assert cli("--train", "--resume", "--steps", 4) == 0
 
 
+def test_an_ignored_signal_stays_ignored_and_a_thread_records_none(folder):
+    """A process that nohup started ignores SIGHUP, and one of a script in the background SIGINT: training goes on. Only
+    the main thread may set handlers; training in another one works without."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ddpm.record_signals() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert not received
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(cli, "--train", *flags({**TINY, "steps": 1})).result() == 0
+
+
+def test_a_folder_that_is_trained_in_is_locked(folder, capsys):
+    """A second training into it is refused, and moves nothing; another folder is free; afterwards it is free too."""
+    train(steps=1)
+    with ddpm.lock_folder(Path("runs/digits")):
+        for more in ([], ["--resume"]):
+            settings = [] if more else flags(TINY)
+            assert cli("--train", *settings, "--steps", 2, *more) == 2
+            assert "another training is running in runs/digits: --out names another" in capsys.readouterr().err
+        assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["digits"]
+        train(steps=1, out="runs/other")
+    assert cli("--train", "--resume", "--steps", 2) == 0
+
+
+def test_the_log_is_repaired_on_resume(folder):
+    """Rows that are none, a row without an end of line, later rows and a missing file: the checkpoint decides."""
+    rows = ["1,0.5,1,0.001,10", "", "\0\0\0", "2;0,5;1;0,001;10", "2,0.4,1e-05,0.001,10", "9,0.1,1,0.001,10", "3,0.3,1"]
+    train(steps=3, log_every=1)
+    Path("runs/digits/log.csv").write_text("\n".join([ddpm.LOG_HEADER.strip(), *rows]))
+    assert cli("--train", "--resume", "--steps", 4) == 0
+    lines = Path("runs/digits/log.csv").read_text().splitlines()
+    assert lines[:3] == [ddpm.LOG_HEADER.strip(), rows[0], rows[4]]
+    assert [line.split(",")[0] for line in lines[3:]] == ["4"]
+    Path("runs/digits/log.csv").unlink()
+    assert cli("--train", "--resume", "--steps", 5) == 0
+    assert log_of("runs/digits")[:, 0].tolist() == [5]
+
+
+WRONG = [None, -1, "a", {"a": 1}, torch.zeros(2)]
+
+
+@pytest.mark.parametrize(
+    "part", ["model", "ema", "optimizer", "scheduler", "step", "config", "image_channels", "num_classes"]
+)
+def test_a_checkpoint_with_a_wrong_part_is_refused(part, folder, capsys):
+    """Each part, and four settings of config, missing or of five wrong values: sampling and resuming end with status 2
+    and one line, or work if the value is right after all; never a traceback."""
+    right = train(steps=1)
+
+    def attempt(change):
+        saved = copy.deepcopy(right)
+        change(saved)
+        torch.save(saved, "runs/digits/checkpoint.pt")
+        for line in ("--sample 1 --sampling-steps 1", "--train --resume --steps 2"):
+            capsys.readouterr()
+            status = cli(*line.split())
+            message = capsys.readouterr().err.splitlines()
+            assert status == 0 or (status == 2 and len(message) == 1), (status, message)
+            torch.save(saved, "runs/digits/checkpoint.pt")
+
+    attempt(lambda saved: saved.pop(part))
+    for value in WRONG:
+        attempt(lambda saved, value=value: saved.update({part: value}))
+    if part == "config":
+        for name in ("dim", "dim_mults", "data", "lr"):
+            for value in WRONG:
+                attempt(lambda saved, name=name, value=value: saved["config"].update({name: value}))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found(folder, capsys):
+    """Anywhere in the weights: the zip's checksums are checked."""
+    train(steps=1)
+    path = Path("runs/digits/checkpoint.pt")
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        tensors = [info for info in file.infolist() if "/data/" in info.filename and info.file_size > 100]
+    for info in tensors[:: len(tensors) // 8]:
+        damaged = bytearray(whole)
+        damaged[info.header_offset + 200] ^= 4
+        path.write_bytes(bytes(damaged))
+        assert cli("--sample", 1) == 2
+        assert "runs/digits/checkpoint.pt is no checkpoint" in capsys.readouterr().err
+
+
 def test_an_interruption_elsewhere_is_one_line(folder, monkeypatch, capsys):
     """Ctrl-C while the data are loaded: exit status 130."""
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ddpm, "load_data", interrupted)
+    monkeypatch.setattr(ddpm, "read_data", interrupted)
     assert cli("--train", *flags(TINY)) == 130
     assert capsys.readouterr().err == "ddpm.py: interrupted\n"
 
@@ -3723,6 +3837,7 @@ def test_a_network_is_compiled_by_default_on_cuda_with_triton(device, triton, gi
     assert compiled("network", "a mode") == (("network", "a mode", False) if want else "network")
     assert ("--no-compile" in capsys.readouterr().err) == want
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert compiled("network", "a mode") == (("network", "a mode", False) if want else "network")
     assert not capsys.readouterr().err
 
@@ -4259,6 +4374,13 @@ def trained(tmp_path_factory):
         train(steps=1, conditional=False, out="runs/plain")
         train(steps=1, label_dropout=0, out="runs/no_dropout")
         train(steps=1)
+        for name in ("not_finite", "foreign_files"):
+            saved = train(steps=1, out=name)
+        saved["ema"]["conv_in.weight"][0] = math.nan
+        torch.save(saved, "not_finite/checkpoint.pt")
+        save(folder / "foreign_files" / "individual" / "00000.png")
+        (folder / "foreign_files" / "individual" / "mine.txt").write_text("kept")
+        os.utime("runs/digits/checkpoint.pt")  # the newest
     (folder / "empty").mkdir()
     save(folder / "broken" / "good.png")
     (folder / "broken" / "bad.png").write_bytes(b"not an image")
@@ -4357,6 +4479,14 @@ REFUSED = [
     ("--sample 4 --sampler euler", "sampler.*euler"),
     ("--sample 4 --sampling-batch 0", "--sampling-batch .*0"),
     ("--sample 4 --seed -2", "--seed .*-2"),
+    ("--sample 4 --out runs/digits --data digits", "--data digits does not go with --out runs/digits"),
+    ("--export new --out runs/digits --data digits", "--data digits does not go with --out runs/digits"),
+    ("--evaluate 2 --out runs/digits --data nowhere", "nowhere is neither a data set"),
+    ("--train --resume --steps 3 --out runs/digits --data nowhere", "nowhere is neither a data set"),
+    ("--sample 4 --out=", "--out must not be empty"),
+    ("--train --data=", "--data must not be empty"),
+    ("--sample 4 --out not_finite", "samples are not finite: the weights in not_finite are not"),
+    ("--sample 4 --individual --out foreign_files", "foreign_files/individual holds mine.txt"),
     ("--sample 4 --seed 4294967296", "--seed must lie in 0…4294967295, got 4294967296$"),
     ("--sample 4 --lr 1", "--lr does not go with --sample"),
     ("--sample 4 --steps 10", "--steps does not go with --sample"),
@@ -4364,6 +4494,46 @@ REFUSED = [
     ("--evaluate 0", "--evaluate .*0"),
     ("--evaluate --eta 1", "--eta does not go with --evaluate"),
 ]
+
+
+def test_settings_from_python_become_plain_values(folder):
+    """Paths and NumPy's numbers are stored as text, ints and floats, so that the checkpoint can be read."""
+    settings = dict(
+        TINY, dim_mults=[np.int64(1)], attn_resolutions=np.array([4]), steps=np.int64(1), lr=np.float32(0.5)
+    )
+    config = ddpm.preset("digits", **settings, flip=np.bool_(True), out=Path("A"))
+    assert (config.steps, config.lr, config.flip, config.out, config.dim_mults) == (1, 0.5, True, "A", (1,))
+    assert {type(value) for value in dataclasses.asdict(config).values()} <= {int, float, bool, str, tuple, type(None)}
+    ddpm.train(config)
+    assert ddpm.read_checkpoint(Path("A"))["config"] == config
+
+
+def test_any_terminal_can_print_everything(folder, monkeypatch):
+    """In encodings without β and ᾱ, what can't be printed is a question mark; where the reader of the output has gone,
+    as head has, the exit status is 1 and nothing is on stderr."""
+    for encoding in ("ascii", "cp1252"):
+        for line in ("--help", "--train --help", "--sample --help", "--evaluate --help"):
+            output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+            monkeypatch.setattr(sys, "stdout", output)
+            assert cli(*line.split()) == 0
+            output.seek(0)
+            assert "ddpm.py" in output.read()
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, HERE / "ddpm.py", "--help"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("half", [dict(RANK="1"), dict(RANK="2", WORLD_SIZE="2"), dict(WORLD_SIZE="0")], ids=str)
+def test_half_of_torchruns_environment_is_refused(half, folder, monkeypatch, capsys):
+    """Sampling would end without a file, and training with a strange error."""
+    for name, value in half.items():
+        monkeypatch.setenv(name, value)
+    assert cli("--train", *flags(TINY)) == 2
+    assert re.search("RANK=. must be below WORLD_SIZE=.: torchrun sets both", capsys.readouterr().err)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("line, words", REFUSED, ids=[line or "nothing" for line, _ in REFUSED])
@@ -4381,6 +4551,13 @@ def test_the_command_line_refuses(line, words, trained, monkeypatch, capsys):
 
 X, T_AND_1 = torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])
 PUBLIC = dict(
+    split=(lambda: ddpm.load_data("digits", split="val"), "split must be train, test or None, got 'val'"),
+    steps_of_1_5=(lambda: ddpm.preset("digits", steps=1.5), "steps must be of type int, got 1.5"),
+    steps_none=(lambda: ddpm.preset("digits", steps=None), "steps must be of type int, got None"),
+    steps_true=(lambda: ddpm.preset("digits", steps=True), "steps must be of type int, got True"),
+    lr_text=(lambda: ddpm.preset("digits", lr="0.1"), "lr must be of type float, got '0.1'"),
+    flip_text=(lambda: ddpm.preset("digits", flip="no"), "flip must be of type bool, got 'no'"),
+    dim_mults_text=(lambda: ddpm.preset("digits", dim_mults="12"), "dim_mults must be of type tuple, got '12'"),
     no_betas=(lambda: ddpm.GaussianDiffusion([]), "betas"),
     beta_of_1=(lambda: ddpm.GaussianDiffusion([0.5, 1.0]), "betas"),
     beta_of_0=(lambda: ddpm.GaussianDiffusion([0.0, 0.5]), "betas"),
