@@ -1,12 +1,14 @@
 """DDPM in one file: Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020), with DDIM, guidance and a U-Net.
 
-Read it beside the paper, from top to bottom. Sections 1 to 6 are the paper; the rest is plumbing.
+Read it beside the paper, from top to bottom. Sections 1 to 6 are the method, of this paper and of those that the
+functions name; the rest is plumbing.
     1 noise schedules     2 diffusion           3 guidance     4 network     5 training: Algorithm 1     6 sampling
     7 data     8 configuration     9 files and devices     10 published weights     11 command line
 
 Equation, algorithm and section numbers are the paper's unless another paper is named. The paper counts t = 1…T with
-ᾱ_0 = 1; the code counts t = 0…T−1, so code t = paper t − 1: formulas have the paper's (x_0 is the image), arguments the
-code's, int64 (B,) or one int for the whole batch. Images are float tensors (B, C, H, W) scaled to [−1, 1].
+ᾱ_0 = 1; the code counts t = 0…T−1, so code t = paper t − 1. The formulas of this paper use its t; arguments, and the
+formulas of the samplers with fewer steps, use the code's, int64 (B,) or one int for the whole batch. x_0 is the image,
+which those samplers reach at t = −1. Images are float tensors (B, C, H, W) scaled to [−1, 1].
 
     python ddpm.py --train         # train on handwritten digits: any machine, a few minutes
     python ddpm.py --sample 64     # draw samples from the trained network; --data FOLDER trains on your own images
@@ -17,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -64,8 +67,36 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def extract(coefficients, t, x):
-    """The coefficients (T,) at timesteps t (B,), shaped (B, 1, …, 1), or at an int t, to broadcast against x (B, …)."""
+    """Returns coefficients[t], for t (B,) shaped (B, 1, …, 1) to broadcast against x (B, …), for an int t a number."""
     return broadcast(coefficients[t], x)
+
+
+def broadcast(values, x):
+    """values (B,) as (B, 1, …, 1), to broadcast against x (B, …); a single number stays one."""
+    if not torch.is_tensor(values) or values.dim() == 0:
+        return values
+    return values.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def noise_like(x, shape, generator=None, noise=None):
+    """A sample of N(0, I) with the dtype and device of x, or the given noise. A list of generators has one for each
+    image. Raises ValueError for another shape or another number of generators."""
+    if noise is None and isinstance(generator, list):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{shape[0]} images need as many generators, got {len(generator)}")
+        return torch.cat([noise_like(x, (1, *shape[1:]), each) for each in generator])
+    if noise is None:
+        return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
+    if noise.shape != torch.Size(shape):
+        raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
+    return noise
+
+
+def last(iterable):
+    """The last item of an iterable, such as x_0 of a sampler that is a generator."""
+    for item in iterable:
+        result = item
+    return result
 
 
 class GaussianDiffusion(nn.Module):
@@ -146,8 +177,9 @@ class GaussianDiffusion(nn.Module):
     def p_losses(self, model, x_start, t, noise=None):
         """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14). A
         learned variance adds 0.001 L_vlb without gradient through ε_θ: the bound trains v only (L_hybrid, Improved DDPM
-        Eq. 16). loss="bound" is L in bits/dim without the constant L_T (Eq. 5), which for a fixed variance and paper
-        t > 1 weights L_simple as in Eq. 12. Both bounds are unbiased only if t is drawn uniformly."""
+        Eq. 16). loss="bound" is L in bits/dim without the constant L_T (Eq. 5), whose terms for a fixed variance and
+        paper t > 1 are the squared error weighted as in Eq. 12, plus a constant. Both bounds are unbiased only if t is
+        drawn uniformly."""
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         predicted_noise, v = self._predict(model, x_t, t)
@@ -188,7 +220,7 @@ class GaussianDiffusion(nn.Module):
         pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
             pred_x_start = pred_x_start.clamp(-1, 1)
-        mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # Eq. 11; "fixed_small" is its β̃_t
+        mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # Eq. 11, and β̃_t
         if self.variance_type == "fixed_large":
             variance = extract(self.betas, t, x_t)
             log_variance = extract(self.log_betas, t, x_t)
@@ -226,8 +258,8 @@ class GaussianDiffusion(nn.Module):
 
     # -- Fewer steps: DDIM, respacing and DPM-Solver --
     def ddim_timesteps(self, steps):
-        """Returns as many of the T timesteps as steps, a list of ints, evenly spaced and decreasing from T−1, because
-        only there the network was trained on pure noise ("trailing", Lin et al., 2023)."""
+        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, because only
+        there the network was trained on pure noise ("trailing", Lin et al., 2023)."""
         self._check_steps(steps)
         return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
 
@@ -257,7 +289,7 @@ class GaussianDiffusion(nn.Module):
         return self._alphas_cumprod[t] if t >= 0 else 1.0
 
     def _predict_both(self, model, x_t, t, clip_denoised):
-        """x̂_0 (Eq. 15), clamped if clip_denoised, and the ε with which x_t contains it (Eq. 4)."""
+        """x̂_0 (Eq. 15), clamped if clip_denoised, and the ε that gives x_t from this x̂_0 (Eq. 4)."""
         predicted_noise, _ = self._predict(model, x_t, t)
         pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
         if clip_denoised:
@@ -286,7 +318,8 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def ddim_encode_loop(self, model, x_start, steps, clip_denoised=True):
         """DDIM's step with η = 0 upwards in S = steps steps, from x_0 to the x_T from which ddim_sample_loop returns
-        x_0, up to an error that falls as 1/S (DDIM §4.3). The network knows no x_0: ε_θ(x_0) is read at code t = 0."""
+        x_0, up to an error that falls as 1/S (DDIM §4.3). The network has seen no image without noise: ε_θ(x_0) is
+        evaluated at t = 0."""
         timesteps = self.ddim_timesteps(steps)[::-1]
         noise, _ = self._predict(model, x_start, 0)
         x_t = self._combine(x_start, noise, timesteps[0])
@@ -296,8 +329,8 @@ class GaussianDiffusion(nn.Module):
         return x_t
 
     def dpm_solver_timesteps(self, steps):
-        """Returns as many of the T timesteps as steps, decreasing from T−1 to 0 and evenly spaced in λ_t = ½ log of
-        ᾱ_t/(1−ᾱ_t), the signal-to-noise ratio, as far as distinct timesteps can be. S = 1 is T−1."""
+        """Returns S = steps distinct timesteps, a list of ints decreasing from T−1 to 0, as evenly spaced in λ_t =
+        ½ log(ᾱ_t/(1−ᾱ_t)), half the logarithm of the signal-to-noise ratio, as rounding allows. S = 1 is [T−1]."""
         self._check_steps(steps)
         lambdas = np.array(self._lambdas)
         timesteps = [self.timesteps - 1]
@@ -310,7 +343,8 @@ class GaussianDiffusion(nn.Module):
     def dpm_solver_sample_steps(self, model, x_t, steps, clip_denoised=True):
         """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
         from that at t and that at r, the timestep before: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with h = λ_s − λ_t
-        and h′ = λ_t − λ_r. The first step and the last, to x_0 where λ = ∞, are DDIM's. The error falls as 1/S²."""
+        and h′ = λ_t − λ_r; ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to x_0 where
+        λ = ∞, are DDIM's. The error falls as 1/S²."""
         timesteps = self.dpm_solver_timesteps(steps)
         x_start_r = None
         for r, t, s in zip([None, *timesteps[:-1]], timesteps, [*timesteps[1:], -1], strict=True):
@@ -474,7 +508,7 @@ def classifier_free_guidance(model, labels, scale):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with 32 groups as in the paper, or fewer if the channels are not divisible by 32."""
+    """Group normalisation with gcd(channels, groups) groups; the paper has 32."""
 
     def __init__(self, channels, groups=32):
         super().__init__(math.gcd(channels, groups), channels, eps=1e-6)
@@ -565,8 +599,9 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, a residual block for each number in in_channels, each followed by attention or by
-    nothing. UNet adds the layer that changes the size."""
+    """A container, named as in diffusers, whose parts UNet.forward calls: the blocks of one resolution, a residual
+    block for each number in in_channels, each followed by attention or by nothing. UNet adds at most one layer that
+    changes the size."""
 
     def __init__(self, in_channels, out_channels, time_dim, dropout, groups, attention):
         super().__init__()
@@ -615,7 +650,7 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(layers)
         self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
-        # Down: skip_channels lists those of every output that the way up will concatenate.
+        # Down; skip_channels are the channels of each skip connection, in order.
         groups = 32 if dim >= 128 else max(1, dim // 16)
         level = functools.partial(Level, time_dim=time_dim, dropout=dropout, groups=groups)
         widths = [dim * mult for mult in dim_mults]
@@ -717,7 +752,7 @@ def train(config, checkpoint=None, watch=None):
             x_start = to_model(images[chosen])                                                 # x_0 ~ q(x_0)
             t = torch.randint(diffusion.timesteps, (len(chosen),), device=images.device)       # t ~ Uniform({1, …, T})
             noise = torch.randn_like(x_start)                                                  # ε ~ N(0, I)
-            loss = training_loss(network, diffusion, config, x_start, t, noise, y, num_classes)
+            loss = training_loss(network, diffusion, config, x_start, t, noise, y, no_label=num_classes)
             loss.backward()                                                                    # ∇_θ ‖ε − ε_θ(x_t, t)‖²
             # fmt: on
 
@@ -815,7 +850,8 @@ def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
 
 
 def learning_rate(config, step):
-    """The factor of config.lr at a step: a linear rise over config.warmup steps, then config.lr_decay."""
+    """What config.lr is multiplied by at a step: a linear rise to 1 over config.warmup steps, and with config.lr_decay
+    "linear" also a linear fall to 0 at the last step."""
     rise = min(1.0, (step + 1) / (config.warmup + 1))
     if config.lr_decay == "linear":
         return rise * (1 - step / config.steps)
@@ -876,9 +912,9 @@ class Run:
         return self.diffusion.betas.device
 
     def trajectory(self, count, labels=None, seed=0, sampler="dpm-solver", sampling_steps=None, eta=0.0, guidance=0.0):
-        """An iterator over x_{t−1}, …, x_0 of count images. All noise of image i is drawn from seed + i, so that an
-        image does not depend on the others. labels is (count,) or None. sampling_steps is S (default: for DPM-Solver
-        10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
+        """An iterator over count images after each sampling step; the last are x_0. All noise of image i is drawn from
+        seed + i, so that an image does not depend on the others. labels is (count,) or None. sampling_steps is S
+        (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
         # x_T ~ N(0, I)
         generators = [torch.Generator(self.device).manual_seed(seed + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
@@ -902,10 +938,10 @@ class Run:
         if guidance != 0 and labels is None:
             raise ValueError(f"guidance needs labels, got {guidance} without")
         if sampler == "dpm-solver":
-            steps = sampling_steps or min(10, diffusion.timesteps)
+            steps = min(10, diffusion.timesteps) if sampling_steps is None else sampling_steps
             return diffusion.dpm_solver_sample_steps(model, x_t, steps)
         if sampler == "ddim":
-            steps = sampling_steps or min(50, diffusion.timesteps)
+            steps = min(50, diffusion.timesteps) if sampling_steps is None else sampling_steps
             return diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generators)
         if sampling_steps is not None:
             diffusion, model = diffusion.respace(model, sampling_steps)
@@ -998,9 +1034,11 @@ def draw_batches(run, batches, size, labels, seed, options):
 
 
 def evaluate(run, count, seed=0):
-    """Print the bound on −log₂ p_θ(x_0) of count held-out images, term by term (Eq. 5)."""
+    """Print the bound on −log₂ p_θ(x_0) of count held-out images, term by term (Eq. 5). No labels are given."""
     if count < 1:
         raise ValueError(f"--evaluate must be at least 1, got {count}")
+    if run.model.num_classes and run.config.label_dropout == 0:
+        raise ValueError("--evaluate gives no labels: it needs a network trained with --label-dropout above 0")
     # Held-out images
     images, _ = load_data(run.config.data, run.config.image_size, run.device, split="test")
     if not len(images):
@@ -1033,7 +1071,7 @@ def evaluate(run, count, seed=0):
 
 
 # ======================================================================================================================
-# The paper ends here; what follows is plumbing: data, options, files, devices, published weights, the command line.
+# The method ends here; what follows is plumbing: data, options, files, devices, published weights, the command line.
 # ======================================================================================================================
 
 # ---- 7. Data ---------------------------------------------------------------------------------------------------------
@@ -1522,34 +1560,6 @@ def build(config, image_channels, num_classes):
 # Helpers
 
 
-def broadcast(values, x):
-    """values (B,) as (B, 1, …, 1), to broadcast against x (B, …); a single number stays one."""
-    if not torch.is_tensor(values) or values.dim() == 0:
-        return values
-    return values.reshape(-1, *[1] * (x.dim() - 1))
-
-
-def noise_like(x, shape, generator=None, noise=None):
-    """A sample of N(0, I) with the dtype and device of x, or the given noise. A list of generators has one for each
-    image. Raises ValueError for another shape or another number of generators."""
-    if noise is None and isinstance(generator, list):
-        if len(generator) != shape[0]:
-            raise ValueError(f"{shape[0]} images need as many generators, got {len(generator)}")
-        return torch.cat([noise_like(x, (1, *shape[1:]), each) for each in generator])
-    if noise is None:
-        return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
-    if noise.shape != torch.Size(shape):
-        raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
-    return noise
-
-
-def last(iterable):
-    """The last item of an iterable, such as x_0 of a sampler that is a generator."""
-    for item in iterable:
-        result = item
-    return result
-
-
 def derive_seed(seed, use, *numbers):
     """A 32-bit seed for one use of randomness, such as derive_seed(seed, "training", step, rank). Different uses and
     different numbers give independent streams: children of seed in NumPy's SeedSequence."""
@@ -1656,7 +1666,7 @@ def share_between_processes(model, device):
 def gather_batches(drawn):
     """All processes' {i: images of batch i}, as one dictionary."""
     _, world_size = rank_and_world_size()
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # a process may draw for long
     gathered = [None] * world_size
     dist.all_gather_object(gathered, drawn)
     dist.destroy_process_group()
@@ -1929,16 +1939,28 @@ def start_folder(out, first_step):
     rows = []
     if first_step > 0:
         rows = read_rows(out / "log.csv", first_step)
-    elif (out / "checkpoint.pt").exists():
-        n = 1
-        while out.with_name(f"{out.name}-{n}").exists():
-            n += 1
-        renamed = out.rename(out.with_name(f"{out.name}-{n}"))
-        print(f"the earlier run in {out} is now {renamed}")
+    else:
+        foreign = [name for name in ("log.csv", "checkpoint.pt") if (out / name).exists() and not is_run(out)]
+        if foreign:
+            raise ValueError(f"{out}/{foreign[0]} is not that of a run: --out names another folder")
+        if (out / "checkpoint.pt").exists():
+            print(f"the earlier run in {out} is now {rename_folder(out)}")
 
     # The folder, and log.csv in it
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / "log.csv", lambda file: file.write("".join([LOG_HEADER, *rows]).encode()))
+
+
+def rename_folder(folder):
+    """Rename a folder to NAME-1, NAME-2, … and make a new one; of a link, the target. Returns the new path."""
+    if folder.is_symlink():
+        folder = folder.resolve()
+    n = 1
+    while folder.with_name(f"{folder.name}-{n}").exists():
+        n += 1
+    renamed = folder.rename(folder.with_name(f"{folder.name}-{n}"))
+    folder.mkdir()
+    return renamed
 
 
 def read_rows(path, last_step):

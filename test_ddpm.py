@@ -90,7 +90,7 @@ def on_one_thread_of_the_cpu():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def host_reads(request):
+def host_reads(request, tmp_path_factory):
     """The process of count_host_reads, for the test that needs it. It is started with the session, because it takes a
     while and needs no core of the tests."""
     process = None
@@ -101,6 +101,7 @@ def host_reads(request):
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path_factory.mktemp("host_reads"),
         )
     yield process
     if process is not None and process.poll() is None:
@@ -3258,11 +3259,22 @@ def test_a_resumed_run_takes_what_may_change_and_keeps_the_rest(folder, monkeypa
     assert log_of("run")[-1, 3] == 2e-3
 
 
+@pytest.fixture
+def heeds_signals():
+    """SIGINT, SIGTERM and SIGHUP have handlers, even if the tests run in the background of a shell, which ignores some
+    of them."""
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 )
 @pytest.mark.parametrize("at, status", [(1, 130), (2, 130), (3, 0)])
-def test_a_signal_ends_training_after_its_step(at, status, number, folder, monkeypatch, capsys):
+def test_a_signal_ends_training_after_its_step(at, status, number, folder, heeds_signals, monkeypatch, capsys):
     """A signal during step 1 or 2 of 3: the step is finished and saved, one line says how to resume, exit status 130.
     No grid is drawn after it. During the last step the run just ends. The signal handlers of before are restored, and
     the run resumes."""
@@ -3313,6 +3325,25 @@ def test_a_folder_that_is_trained_in_is_locked(folder, capsys):
         assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["digits"]
         train(steps=1, out="runs/other")
     assert cli("--train", "--resume", "--steps", 2) == 0
+
+
+def test_only_what_this_program_wrote_is_moved(folder, capsys):
+    """A log.csv or a checkpoint.pt of something else is left where it is, and the training refused. Of a run folder
+    that is a link the target is renamed, so that the next run is on the same disk."""
+    for name in ("log.csv", "checkpoint.pt"):
+        Path("mine").mkdir(exist_ok=True)
+        Path("mine", name).write_text("kept")
+        assert cli("--train", *flags({**TINY, "out": "mine"})) == 2
+        assert f"mine/{name} is not that of a run: --out names another folder" in capsys.readouterr().err
+        assert Path("mine", name).read_text() == "kept"
+        Path("mine", name).unlink()
+    Path("disk").mkdir()
+    Path("link").symlink_to("disk")
+    train(steps=1, out="link")
+    train(steps=2, out="link")
+    assert Path("link").is_symlink()
+    assert read("disk")["step"] == 2
+    assert read("disk-1")["step"] == 1
 
 
 def test_the_log_is_repaired_on_resume(folder):
@@ -4511,6 +4542,7 @@ REFUSED = [
     ("--sample 4 --resume", "--resume does not go with --sample"),
     ("--evaluate 0", "--evaluate .*0"),
     ("--evaluate --eta 1", "--eta does not go with --evaluate"),
+    ("--evaluate 2 --out runs/no_dropout", "--evaluate gives no labels: .*--label-dropout above 0"),
 ]
 
 
