@@ -276,6 +276,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"t and prev_t must be ints, prev_t in -1…t-1, got prev_t={prev_t} with t={t}")
         pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
 
+        # σ (DDIM Eq. 16), and x_s (Eq. 12)
         alpha_bar_t = self._alpha_bar(t)
         alpha_bar_s = self._alpha_bar(prev_t)
         sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
@@ -321,8 +322,12 @@ class GaussianDiffusion(nn.Module):
         x_0, up to an error that falls as 1/S (DDIM §4.3). The network has seen no image without noise: ε_θ(x_0) is
         evaluated at t = 0."""
         timesteps = self.ddim_timesteps(steps)[::-1]
+
+        # From x_0 to the first timestep
         noise, _ = self._predict(model, x_start, 0)
         x_t = self._combine(x_start, noise, timesteps[0])
+
+        # From each timestep to the next
         for t, next_t in itertools.pairwise(timesteps):
             pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
             x_t = self._combine(pred_x_start, predicted_noise, next_t)
@@ -346,10 +351,11 @@ class GaussianDiffusion(nn.Module):
         and h′ = λ_t − λ_r; ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to x_0 where
         λ = ∞, are DDIM's. The error falls as 1/S²."""
         timesteps = self.dpm_solver_timesteps(steps)
-        x_start_r = None
+        x_start_r = None  # x̂_0 at r
         for r, t, s in zip([None, *timesteps[:-1]], timesteps, [*timesteps[1:], -1], strict=True):
             pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
             x_start = pred_x_start
+            # Extrapolated in λ to the middle of the step
             if x_start_r is not None and s >= 0:
                 ratio = (self._lambdas[s] - self._lambdas[t]) / (self._lambdas[t] - self._lambdas[r])
                 x_start = pred_x_start + ratio / 2 * (pred_x_start - x_start_r)
@@ -1127,6 +1133,7 @@ def load_torchvision(name, split):
     """torchvision's training set, or with split="test" its test set. One process downloads, others wait."""
     from torchvision import datasets  # here, because it takes as long to import as all the rest
 
+    # A lock, so that processes do not download into the same files
     folder = Path("data")
     try:
         folder.mkdir(exist_ok=True)
@@ -1168,12 +1175,13 @@ def load_folder(folder, image_size):
     if not folder.is_dir():
         raise ValueError(f"{folder} is neither a data set (digits, {', '.join(TORCHVISION)}) nor a folder")
 
-    # The images
+    # The files
     files = list(find_files(folder))
     paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     skipped = [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
     if not paths:
         raise ValueError(f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders")
+    # Their pixels, and which are held out
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=None)):
         images[i] = read_image(path, image_size)
@@ -1253,6 +1261,8 @@ def load_training_data(config, device):
     rank, _ = rank_and_world_size()
     if rank == 0 and config.data not in PRESETS:
         print(describe_folder(config.data, data))
+
+    # The training set
     chosen = ~data.held_out
     images = data.images[chosen].to(device)
     if data.labels is None or not config.conditional:
@@ -1262,12 +1272,14 @@ def load_training_data(config, device):
 
 def describe_folder(folder, data):
     """What was read from a folder: images, colours, size, classes with their numbers of images, and what was not."""
+    # The images, and other files
     count, channels, height, width = data.images.shape
     colour = "colour" if channels == 3 else "grey"
     lines = [f"{folder}: {count:,} {colour} images as {height}×{width}; {data.held_out.sum():,} of them held out"]
     if data.skipped:
         suffixes = sorted({Path(name).suffix or name for name in data.skipped})
         lines[0] += f"; {len(data.skipped):,} other files not read ({', '.join(suffixes[:5])})"
+    # The classes
     if data.classes:
         counts = data.labels.bincount().tolist()
         named = [f"{i} = {name or '(no folder)'} ({counts[i]:,})" for i, name in enumerate(data.classes[:20])]
@@ -1458,9 +1470,11 @@ class Sampling:
 
 def check_sampling(options, run):
     """Raise ValueError for options of Sampling that do not fit the run or each other."""
+    # Steps
     timesteps = run.diffusion.timesteps
     if options.sampling_steps is not None and not 1 <= options.sampling_steps <= timesteps:
         raise ValueError(f"--sampling-steps must lie in 1…{timesteps}, got {options.sampling_steps}")
+    # Labels and guidance
     classes = run.model.num_classes
     wants_label = options.label is not None or options.guidance != 0
     if not classes and wants_label:
@@ -1744,10 +1758,13 @@ def write_folder(path, save):
 def make_grid_image(pixels, columns=None):
     """Images, uint8 (N, C, H, W), as one grid (default: a square one), row by row, with grey lines between them; small
     images are enlarged."""
+    # Lines and empty places
     count, channels, height, width = pixels.shape
     columns = min(count, columns or math.ceil(count**0.5))
     rows = math.ceil(count / columns)
     grid = torch.full((channels, rows * (height + 1) + 1, columns * (width + 1) + 1), 64, dtype=torch.uint8)
+
+    # The images
     for i, image in enumerate(pixels.cpu()):
         top = i // columns * (height + 1) + 1
         left = i % columns * (width + 1) + 1
@@ -1762,6 +1779,8 @@ def check_output(out, individual):
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise ValueError(f"samples can't be written to {out}: it is read-only")
+
+    # The folder individual
     folder = out / "individual"
     if individual and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise ValueError(f"{folder} is no folder: move it away")
@@ -1888,12 +1907,14 @@ def read_checkpoint(out, device="cpu"):
 def check_checkpoint(checkpoint, out):
     """Turn the settings of a checkpoint into a Config. Raises almost anything if a part is missing, has another type,
     or does not fit the network of that Config."""
+    # Settings and numbers
     checkpoint["config"] = Config(**dict(checkpoint["config"], out=str(out)))
     for name, low in {"step": 1, "image_channels": 1, "num_classes": 1}.items():
         value = checkpoint[name]
         if not (type(value) is int and value >= low) and not (name == "num_classes" and value is None):
             raise ValueError(f"{name} is {value!r}")
-    with torch.device("meta"):  # shapes without values
+    # Names and shapes of the weights, against those of a network without values
+    with torch.device("meta"):
         network = build_network(checkpoint["config"], checkpoint["image_channels"], checkpoint["num_classes"])
     wanted = {name: weight.shape for name, weight in network.state_dict().items()}
     for part in ("model", "ema"):
@@ -1902,6 +1923,7 @@ def check_checkpoint(checkpoint, out):
         if differing:
             name = differing[0]
             raise ValueError(f"{part}: {name} is {found.get(name)}, not {wanted.get(name)}")
+    # The optimizer's state is checked when it is restored.
     for name in ("optimizer", "scheduler"):
         if not isinstance(checkpoint[name], dict):
             raise ValueError(f"{name} is {checkpoint[name]!r}")
