@@ -4559,6 +4559,34 @@ def test_settings_from_python_become_plain_values(folder):
     assert ddpm.read_checkpoint(Path("A"))["config"] == config
 
 
+SMALLEST = dict(
+    image_size=1, dim=4, num_res_blocks=1, timesteps=2, steps=1, batch_size=1, warmup=0, lr=0.0, dropout=0.0
+)
+
+
+@pytest.mark.parametrize("name, value", SMALLEST.items(), ids=SMALLEST)
+def test_the_smallest_values_are_taken(name, value):
+    """What is refused is below them."""
+    assert getattr(ddpm.preset("digits", **{name: value}), name) == value
+    with pytest.raises(ValueError, match=name):
+        ddpm.preset("digits", **{name: value - 1})
+
+
+def test_a_grid_has_ten_images_of_at_most_sixteen_classes(folder):
+    """With 20 classes 160 images; sampling and evaluation start from seed 0 unless told otherwise."""
+    counts = []
+
+    def trajectory(count, labels, seed):
+        counts.append((count, len(labels)))
+        return iter([torch.zeros(count, 1, 8, 8)])
+
+    run = ddpm.Run(ddpm.preset("digits", out=str(folder)), types.SimpleNamespace(num_classes=20), None)
+    run.trajectory = trajectory
+    GRID(run, 1)
+    assert counts == [(160, 160)]
+    assert all(inspect.signature(f).parameters["seed"].default == 0 for f in (ddpm.sample, ddpm.evaluate))
+
+
 def test_any_terminal_can_print_everything(folder, monkeypatch):
     """In encodings without β and ᾱ, what can't be printed is a question mark; where the reader of the output has gone,
     as head has, the exit status is 1 and nothing is on stderr."""
