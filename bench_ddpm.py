@@ -482,37 +482,41 @@ class PredictsMean(nn.Module):
         return (x_t - (1 - betas).sqrt() * mean) * sigma / betas
 
 
+class UnweightedMean(ddpm.GaussianDiffusion):
+    """A diffusion whose loss is ‖μ̃_t(x_t, x_0) − μ_θ(x_t, t)‖², for a model that returns μ_θ."""
+
+    def p_losses(self, model, x_start, t, noise=None):
+        x_t = self.q_sample(x_start, t, noise)
+        mean, _, _ = self.q_posterior(x_start, x_t, t)
+        return (mean - model(x_t, t)).square().mean()
+
+
 def train_mean(settings, seed, loss):
     """A run of settings.steps steps of a network that predicts μ̃, in float32 because ε_θ is a small difference of large
     numbers. loss is "bound" for Eq. 5, or "unweighted" for ‖μ̃ − μ_θ‖²."""
     config = ddpm.preset(settings.data, steps=settings.steps, seed=seed, device=settings.device, bf16=False)
-    images, labels, num_classes, state, _ = ddpm.prepare_training(config, None)
-    diffusion = ddpm.build_diffusion(dataclasses.replace(config, loss="bound")).to(images.device)
-    model = PredictsMean(state.model, diffusion)
+    images, labels, num_classes, state, simple = ddpm.prepare_training(config, None)
+    network = PredictsMean(state.model, simple)
+    diffusion = ddpm.build_diffusion(dataclasses.replace(config, loss="bound"))
+    if loss == "unweighted":
+        network = state.model
+        diffusion = UnweightedMean(ddpm.linear_beta_schedule(config.timesteps, *ddpm.linear_ends(config.timesteps)))
+    diffusion = diffusion.to(images.device)
+
     for step in tqdm(range(config.steps), unit=" steps", leave=False, disable=None):
         torch.manual_seed(ddpm.derive_seed(seed, "training", step, 0))
         chosen = torch.randint(len(images), (config.batch_size,), device=images.device)
         x_start = ddpm.to_model(images[chosen])
         t = torch.randint(diffusion.timesteps, (len(chosen),), device=images.device)
         noise = torch.randn_like(x_start)
-        y = None
-        if num_classes:
-            hidden = torch.rand(len(chosen), device=images.device) < config.label_dropout
-            y = torch.where(hidden, num_classes, labels[chosen])
-
-        if loss == "bound":
-            value = diffusion.p_losses(functools.partial(model, y=y), x_start, t, noise)
-        else:
-            x_t = diffusion.q_sample(x_start, t, noise)
-            mean, _, _ = diffusion.q_posterior(x_start, x_t, t)
-            value = (mean - state.model(x_t, t, y)).square().mean()
-        value.backward()
+        y = labels[chosen] if num_classes else None
+        ddpm.training_loss(network, diffusion, config, x_start, t, noise, y, num_classes).backward()
         nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.scheduler.step()
         ddpm.ema_update(state.ema, state.model, step, config.ema_decay)
-    return ddpm.Run(config, PredictsMean(state.ema, diffusion), diffusion)
+    return ddpm.Run(config, PredictsMean(state.ema, simple), simple)
 
 
 def objectives(settings):

@@ -876,6 +876,9 @@ def ema_update(averaged, model, n, decay):
 # ---- 6. Sampling: from x_T to images ---------------------------------------------------------------------------------
 
 
+SAMPLERS = ("dpm-solver", "ddim", "ddpm")
+
+
 @dataclasses.dataclass
 class Run:
     """A trained network with everything that sampling needs."""
@@ -891,9 +894,8 @@ class Run:
         device = pick_device(device)
         checkpoint = read_checkpoint(out)
         config = dataclasses.replace(checkpoint["config"], bf16=bf16, compile=compile)
-        run = cls.ready(config, averaged_network(checkpoint), build_diffusion(config), device)
-        run.classes = checkpoint.get("classes")
-        return run
+        network = averaged_network(checkpoint)
+        return cls.ready(config, network, build_diffusion(config), device, checkpoint.get("classes"))
 
     @classmethod
     def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
@@ -907,10 +909,11 @@ class Run:
         return cls.ready(config, model, build_diffusion(config), device)
 
     @classmethod
-    def ready(cls, config, model, diffusion, device):
+    def ready(cls, config, model, diffusion, device, classes=None):
         """A network moved to the device and, if config says so, compiled as one CUDA graph."""
         model = model.to(device, memory_format=torch.channels_last).eval()
-        return cls(config, maybe_compile(config, device, model, "reduce-overhead"), diffusion.to(device))
+        model = maybe_compile(config, device, model, "reduce-overhead")
+        return cls(config, model, diffusion.to(device), classes)
 
     @property
     def device(self):
@@ -921,6 +924,14 @@ class Run:
         """An iterator over count images after each sampling step; the last are x_0. All noise of image i is drawn from
         seed + i, so that an image does not depend on the others. labels is (count,) or None. sampling_steps is S
         (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
+        # Checks
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be {', '.join(SAMPLERS[:-1])} or {SAMPLERS[-1]}, got {sampler!r}")
+        if eta != 0 and sampler != "ddim":
+            raise ValueError(f"eta is DDIM's, got {eta} with {sampler}")
+        if guidance != 0 and labels is None:
+            raise ValueError(f"guidance needs labels, got {guidance} without")
+
         # x_T ~ N(0, I)
         generators = [torch.Generator(self.device).manual_seed(seed + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
@@ -937,12 +948,6 @@ class Run:
 
         # x_T → x_0
         diffusion = self.diffusion
-        if sampler not in ("dpm-solver", "ddim", "ddpm"):
-            raise ValueError(f"sampler must be dpm-solver, ddim or ddpm, got {sampler!r}")
-        if eta != 0 and sampler != "ddim":
-            raise ValueError(f"eta is DDIM's, got {eta} with {sampler}")
-        if guidance != 0 and labels is None:
-            raise ValueError(f"guidance needs labels, got {guidance} without")
         if sampler == "dpm-solver":
             steps = min(10, diffusion.timesteps) if sampling_steps is None else sampling_steps
             return diffusion.dpm_solver_sample_steps(model, x_t, steps)
@@ -954,11 +959,12 @@ class Run:
         return diffusion.p_sample_steps(model, x_t, generator=generators)
 
     def labels(self, count, label=None):
-        """(count,) labels: every class in turn, or the given one. None for a network without labels."""
+        """(count,) labels: every class in turn, or the one of the given name or number. None for a network without
+        labels."""
         if not self.model.num_classes:
             return None
         if label is not None:
-            return torch.full((count,), label)
+            return torch.full((count,), self.find_label(label))
         return torch.arange(count) % self.model.num_classes
 
     def find_label(self, label):
@@ -1000,8 +1006,7 @@ def sample(run, count, seed=0, **options):
     # Labels, and a column of the grid for each class
     labels = None
     if not options.unconditional:
-        label = None if options.label is None else run.find_label(options.label)
-        labels = run.labels(batches * size, label)
+        labels = run.labels(batches * size, options.label)
     columns = None
     if labels is not None and options.label is None:
         columns = run.model.num_classes
@@ -1095,6 +1100,13 @@ class Data:
     held_out: torch.Tensor  # bool (N,): the images that training does not see
     skipped: tuple = ()  # the names of files in a folder that are not images
 
+    def split(self, name):
+        """The images and labels of "train", of "test" (what is held out), or of None (all)."""
+        if name is None:
+            return self.images, self.labels
+        chosen = self.held_out if name == "test" else ~self.held_out
+        return self.images[chosen], None if self.labels is None else self.labels[chosen]
+
 
 def load_data(name_or_folder, image_size=32, device="cpu", split=None):
     """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None, on the device.
@@ -1107,14 +1119,7 @@ def load_data(name_or_folder, image_size=32, device="cpu", split=None):
     Raises ValueError for a folder that does not exist or has no images, an unreadable image, a failed download."""
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be train, test or None, got {split!r}")
-    data = read_data(name_or_folder, image_size, split)
-    images = data.images
-    labels = data.labels
-    if split and name_or_folder not in TORCHVISION:
-        chosen = data.held_out if split == "test" else ~data.held_out
-        images = images[chosen]
-        if labels is not None:
-            labels = labels[chosen]
+    images, labels = read_data(name_or_folder, image_size, split).split(split)
     if labels is not None:
         labels = labels.to(device)
     return images.to(device), labels
@@ -1183,11 +1188,12 @@ def load_folder(folder, image_size):
         raise ValueError(f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders")
     # Their pixels, and which are held out
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
+    held_out = torch.empty(len(paths), dtype=torch.bool)
     for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=None)):
         images[i] = read_image(path, image_size)
+        held_out[i] = zlib.crc32(path.read_bytes()) % 10 == 0
     if all((image == image[:1]).all() for image in images):
         images = images[:, :1].clone()  # all are grey
-    held_out = torch.tensor([zlib.crc32(path.read_bytes()) % 10 == 0 for path in paths])
     if held_out.all():
         held_out[:] = False
 
@@ -1217,7 +1223,10 @@ def find_files(folder, parents=()):
 def is_run(folder):
     """Whether a folder is that of a run: its log.csv begins as those of ddpm.py do."""
     log = folder / "log.csv"
-    return log.is_file() and log.read_bytes().startswith(LOG_HEADER[:10].encode())
+    if not log.is_file():
+        return False
+    with open(log, "rb") as file:
+        return file.read(10) == LOG_HEADER[:10].encode()
 
 
 def natural_order(name):
@@ -1263,11 +1272,10 @@ def load_training_data(config, device):
         print(describe_folder(config.data, data))
 
     # The training set
-    chosen = ~data.held_out
-    images = data.images[chosen].to(device)
-    if data.labels is None or not config.conditional:
-        return images, None, None
-    return images, data.labels[chosen].to(device), data.classes
+    images, labels = data.split("train")
+    if labels is None or not config.conditional:
+        return images.to(device), None, None
+    return images.to(device), labels.to(device), data.classes
 
 
 def describe_folder(folder, data):
@@ -1324,6 +1332,7 @@ def option(default, help, low=-math.inf, high=math.inf, choices=None, shown=None
 def convert_option(value, kind, name):
     """A value as a plain int, float, bool, str or tuple of ints, as a checkpoint holds it; from NumPy's numbers and a
     Path, too. Raises ValueError if it is none of that kind."""
+    wrong = ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
     try:
         if kind is bool and isinstance(value, (bool, np.bool_)):
             return bool(value)
@@ -1336,8 +1345,8 @@ def convert_option(value, kind, name):
         if kind is str and isinstance(value, (str, os.PathLike, int)):
             return str(value)
     except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+        raise wrong from None
+    raise wrong
 
 
 def check_options(options, spell=str):
@@ -1451,7 +1460,7 @@ class Sampling:
     sampler: str = option(
         "dpm-solver",
         "dpm-solver (second order), ddim, or ddpm for Algorithm 2",
-        choices=("dpm-solver", "ddim", "ddpm"),
+        choices=SAMPLERS,
     )
     sampling_steps: int = option(
         None, "S, the number of steps, 1…T", shown="10 for dpm-solver, 50 for ddim, T for ddpm"
@@ -1692,11 +1701,11 @@ def record_signals():
     """Context manager that records the first SIGINT, SIGTERM or SIGHUP (a closed terminal) in a list; a second one
     terminates the process. One that is ignored, as by nohup, stays ignored. Only the main thread can record signals."""
     received = []
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        handlers = {number: signal.getsignal(number) for number in heeded}
 
     def record(number, frame):
         received.append(number)
@@ -1865,7 +1874,8 @@ class TrainingState:
             except Exception as error:  # a damaged state may raise almost anything
                 reason = f"its part {name} can't be restored ({in_one_line(error)})"
                 raise ValueError(f"{config.out}/checkpoint.pt: {reason}") from None
-        if checkpoint.get("images", self.images) != self.images:
+        rank, _ = rank_and_world_size()
+        if rank == 0 and checkpoint.get("images", self.images) != self.images:
             print(f"{config.data} has {self.images:,} images to train on; it had {checkpoint['images']:,}")
         self.step = step
 
@@ -1909,9 +1919,10 @@ def check_checkpoint(checkpoint, out):
     or does not fit the network of that Config."""
     # Settings and numbers
     checkpoint["config"] = Config(**dict(checkpoint["config"], out=str(out)))
-    for name, low in {"step": 1, "image_channels": 1, "num_classes": 1}.items():
+    for name in ("step", "image_channels", "num_classes"):
         value = checkpoint[name]
-        if not (type(value) is int and value >= low) and not (name == "num_classes" and value is None):
+        unlabelled = name == "num_classes" and value is None
+        if not unlabelled and (type(value) is not int or value < 1):
             raise ValueError(f"{name} is {value!r}")
     # Names and shapes of the weights, against those of a network without values
     with torch.device("meta"):
@@ -1942,7 +1953,8 @@ def lock_folder(out):
     the folder, as .NAME.lock. Raises ValueError if another training holds it."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is no folder: --out names the folder of a run")
-    path = out.resolve().with_name(f".{out.resolve().name}.lock")
+    real = out.resolve()
+    path = real.with_name(f".{real.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path, timeout=0):

@@ -3260,20 +3260,20 @@ def test_a_resumed_run_takes_what_may_change_and_keeps_the_rest(folder, monkeypa
     assert log_of("run")[-1, 3] == 2e-3
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @pytest.fixture
 def heeds_signals():
     """SIGINT, SIGTERM and SIGHUP have handlers, even if the tests run in the background of a shell, which ignores some
     of them."""
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-)
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("at, status", [(1, 130), (2, 130), (3, 0)])
 def test_a_signal_ends_training_after_its_step(at, status, number, folder, heeds_signals, monkeypatch, capsys):
     """A signal during step 1 or 2 of 3: the step is finished and saved, one line says how to resume, exit status 130.
