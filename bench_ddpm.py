@@ -49,7 +49,7 @@ import ddpm
 class Settings:
     """The settings of an experiment. Every field is a flag of the command line."""
 
-    data: str = ddpm.option("digits", "digits, mnist, fashion_mnist or cifar10")
+    data: str = ddpm.option("digits", "digits, mnist, fashion_mnist, cifar10, or a folder of images")
     steps: int = ddpm.option(500, "training steps where networks are compared", 1)
     seeds: tuple = ddpm.option((0, 1, 2), "seeds of these trainings", 0, 2**32 - 1)
     seed: int = ddpm.option(0, "seed of samples and of everything else that is random", 0, 2**32 - 1)
@@ -660,6 +660,36 @@ def interpolation(settings):
     return ddpm.make_grid_image(ddpm.to_pixels(torch.cat(rows)), 11)
 
 
+def nearest(images, others, count):
+    """For each image its count nearest others: the root mean square differences in grey levels (N, count), and which
+    they are (N, count). Both are uint8 (N, C, H, W)."""
+    exact = "donot_use_mm_for_euclid_dist"
+    distances = torch.cdist(images.flatten(1).float(), others.flatten(1).float(), compute_mode=exact)
+    return (distances / images[0].numel() ** 0.5).topk(count, largest=False)
+
+
+def memory(settings):
+    """Samples and the training images nearest to them, which would be equal if the network drew from memory.
+
+    Each row is a sample and its five nearest training images. The table compares as many samples as images are held
+    out: how far each is from the nearest training image. Held-out images are as far as images are that are new."""
+    run = base_run(settings)
+    train = load_images(settings, "train")
+    held_out = load_images(settings, "test")
+    samples = draw(settings, run, max(10, len(held_out)))
+
+    rows = []
+    for name, images in (("samples", samples), ("held-out images", held_out)):
+        distances, _ = nearest(images, train, 1)
+        tenth, median = distances.quantile(torch.tensor([0.1, 0.5])).tolist()
+        rows.append([name, len(images), f"{median:.1f}", f"{tenth:.1f}", f"{distances.min():.1f}"])
+    print_table(["RMS difference to the nearest training image", "images", "median", "lowest tenth", "least"], rows)
+
+    _, which = nearest(samples[:10], train, 5)
+    columns = [torch.cat([sample[None], train[row]]) for sample, row in zip(samples[:10], which, strict=True)]
+    return ddpm.make_grid_image(torch.cat(columns), 6)
+
+
 # ---- DDIM's tables and figures ---------------------------------------------------------------------------------------
 
 
@@ -806,6 +836,7 @@ EXPERIMENTS = {
     "progress": progress,
     "sharing": sharing,
     "interpolation": interpolation,
+    "memory": memory,
     "reconstruction": reconstruction,
     "latents": latents,
     "cost": cost,

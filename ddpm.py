@@ -38,6 +38,8 @@ import zlib
 from collections import OrderedDict
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # on the CPU: what Apple's GPUs have no kernel for (log_ndtr)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -67,8 +69,9 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def extract(coefficients, t, x):
-    """Returns coefficients[t], for t (B,) shaped (B, 1, …, 1) to broadcast against x (B, …), for an int t a number."""
-    return broadcast(coefficients[t], x)
+    """Returns coefficients[t] in x's dtype, for t (B,) shaped (B, 1, …, 1) to broadcast against x (B, …), for an int t
+    a number."""
+    return broadcast(coefficients[t], x).to(x.dtype)
 
 
 def broadcast(values, x):
@@ -322,6 +325,7 @@ class GaussianDiffusion(nn.Module):
         x_0, up to an error that falls as 1/S (DDIM §4.3). The network has seen no image without noise: ε_θ(x_0) is
         evaluated at t = 0."""
         timesteps = self.ddim_timesteps(steps)[::-1]
+        self._check(x_start, 0)
 
         # From x_0 to the first timestep
         noise, _ = self._predict(model, x_start, 0)
@@ -399,7 +403,10 @@ class GaussianDiffusion(nn.Module):
         """The bound on −log₂ p_θ(x_0) (Eq. 3) in bits/dim, term by term (Eq. 5, 13), with one sample of ε for each t.
         Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), whose column i is code t = i + 1,
         and "L_0" (B,); "squared_error" (B, T) of x̂_0 at code t is on the [−1, 1] scale: 127.5 times its root is Fig.
-        5's RMSE. x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data."""
+        5's RMSE. x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data, and for x_start in
+        half precision, which raises ValueError."""
+        if x_start.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"bits/dim need x_start in float32 or float64, got {x_start.dtype}")
         terms = []
         squared_errors = []
         for t in range(self.timesteps):
@@ -775,13 +782,16 @@ def train(config, checkpoint=None, watch=None):
             log.add(loss, gradient_norm)
             stopped = any_process_received(signals, log.control)
             save = stopped or done == config.steps or done % config.checkpoint_every == 0
+            draw = rank == 0 and not stopped and (done == config.steps or done % config.sample_every == 0)
+            if draw:
+                log.compare(state, diffusion)
             if save or done % config.log_every == 0:
-                bar.set_postfix(loss=f"{log.write(done):.4f}")
+                bar.set_postfix(loss=f"{log.write():.4f}")
             if save and rank == 0:
                 state.save(done)
             if stopped:
                 break
-            if rank == 0 and (done == config.steps or done % config.sample_every == 0):
+            if draw:
                 with log.pause():
                     (watch or Run.grid)(Run(config, state.ema, diffusion), done)
 
@@ -802,7 +812,8 @@ def prepare_training(config, checkpoint):
 
     # Data, network, diffusion
     device = pick_device(config.device)
-    images, labels, classes = load_training_data(config, device)
+    check_memory(config, device)
+    images, labels, classes, examples = load_training_data(config, device)
     num_classes = len(classes) if classes else None
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model, diffusion = build(config, images.shape[1], num_classes)
@@ -816,7 +827,7 @@ def prepare_training(config, checkpoint):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
 
     # All of these from a checkpoint, if there is one
-    state = TrainingState(config, model, ema, optimizer, scheduler, classes, len(images))
+    state = TrainingState(config, model, ema, optimizer, scheduler, classes, len(images), examples)
     if checkpoint is not None:
         state.restore(checkpoint)
     return images, labels, num_classes, state, diffusion.to(device)
@@ -834,7 +845,7 @@ def start_training(config, state, images):
         network, control = share_between_processes(state.model, images.device)
         network = maybe_compile(config, images.device, network)
         with record_signals() as signals, training_bar(config, state.step) as bar:
-            yield network, TrainingLog(config, control), signals, bar
+            yield network, TrainingLog(config, control, state.step, images.device), signals, bar
 
 
 def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
@@ -910,9 +921,9 @@ class Run:
 
     @classmethod
     def ready(cls, config, model, diffusion, device, classes=None):
-        """A network moved to the device and, if config says so, compiled as one CUDA graph."""
+        """A network moved to the device and, if config says so, compiled."""
         model = model.to(device, memory_format=torch.channels_last).eval()
-        model = maybe_compile(config, device, model, "reduce-overhead")
+        model = maybe_compile(config, device, model)
         return cls(config, model, diffusion.to(device), classes)
 
     @property
@@ -1011,9 +1022,17 @@ def sample(run, count, seed=0, **options):
     if labels is not None and options.label is None:
         columns = run.model.num_classes
 
-    # Every process draws its share of the batches
-    drawn, frames = draw_batches(run, batches, size, labels, seed, options)
+    # Every process draws its share of the batches. A single one keeps what --individual has drawn when it is stopped.
     rank, world_size = rank_and_world_size()
+    store = None
+    if options.individual and world_size == 1:
+        store = ImageStore(out, run, seed, options)
+    try:
+        drawn, frames = draw_batches(run, batches, size, labels, seed, options, store)
+    except KeyboardInterrupt:
+        if store is None:
+            raise
+        raise KeyboardInterrupt("interrupted; the same command goes on with what is not drawn yet") from None
     if world_size > 1:
         drawn = gather_batches(drawn)
 
@@ -1021,18 +1040,25 @@ def sample(run, count, seed=0, **options):
     if rank > 0:
         return []
     pixels = torch.cat([drawn[i] for i in range(batches)])[:count]
-    return write_samples(out, pixels, columns, options.individual, frames)
+    paths = write_samples(out, pixels, columns, options.individual, frames)
+    if store is not None:
+        store.remove()
+    return paths
 
 
-def draw_batches(run, batches, size, labels, seed, options):
-    """Draw this process's share of the batches. Returns {i: uint8 images of batch i}, and with options.animate every
-    x_t of batch 0."""
+def draw_batches(run, batches, size, labels, seed, options, store=None):
+    """Draw this process's share of the batches, but those that the store has. Returns {i: uint8 images of batch i}, and
+    with options.animate every x_t of batch 0."""
     rank, world_size = rank_and_world_size()
     hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
     how = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
     drawn = {}
     frames = []
     for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar):
+        stored = None if store is None or options.animate else store.read(i * size, size)
+        if stored is not None:
+            drawn[i] = stored
+            continue
         batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
         trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling") + i * size, **how)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
@@ -1041,6 +1067,8 @@ def draw_batches(run, batches, size, labels, seed, options):
         if not x_t.isfinite().all():
             raise ValueError(f"the samples are not finite: the weights in {run.config.out} are not")
         drawn[i] = to_pixels(x_t).cpu()
+        if store is not None:
+            store.write(i * size, drawn[i])
     return drawn, frames
 
 
@@ -1088,6 +1116,7 @@ def evaluate(run, count, seed=0):
 # ---- 7. Data ---------------------------------------------------------------------------------------------------------
 
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}  # names in torchvision.datasets
+DATA_SETS = ("digits", *TORCHVISION)
 
 
 @dataclasses.dataclass
@@ -1262,20 +1291,36 @@ def read_image(path, image_size):
 
 
 def load_training_data(config, device):
-    """Returns images, labels (None if the network is not to learn them) and the names of the classes (None likewise).
-    Rank 0 says what a folder holds."""
+    """Returns images, labels (None if the network is not to learn them), the names of the classes (None likewise), and
+    examples for TrainingLog.compare. Rank 0 says what a folder holds."""
     data = read_data(config.data, config.image_size)
     if data.images.shape[2:] != (config.image_size, config.image_size):
         raise ValueError(f"image_size must be {data.images.shape[2]} for {config.data}, got {config.image_size}")
     rank, _ = rank_and_world_size()
-    if rank == 0 and config.data not in PRESETS:
+    if rank == 0 and config.data not in DATA_SETS:
         print(describe_folder(config.data, data))
+    if not config.conditional:
+        data.labels = data.classes = None
 
-    # The training set
+    # The training set, and what is held out
     images, labels = data.split("train")
-    if labels is None or not config.conditional:
-        return images.to(device), None, None
-    return images.to(device), labels.to(device), data.classes
+    held_out = data.split("test")
+    if config.data in TORCHVISION:
+        held_out_images, held_out_labels = load_data(config.data, config.image_size, split="test")
+        held_out = held_out_images, held_out_labels if config.conditional else None
+    examples = []
+    if len(held_out[0]):
+        examples = [choose_examples(images, labels, device), choose_examples(*held_out, device)]
+    return images.to(device), None if labels is None else labels.to(device), data.classes, examples
+
+
+EXAMPLES = 512
+
+
+def choose_examples(images, labels, device):
+    """EXAMPLES images and labels, evenly spread over a data set, and repeated if it has fewer."""
+    chosen = torch.arange(EXAMPLES) * len(images) // EXAMPLES
+    return images[chosen].to(device), None if labels is None else labels[chosen].to(device)
 
 
 def describe_folder(folder, data):
@@ -1524,24 +1569,39 @@ GREY_28 = dict(
     sample_every=1000,
 )
 FOLDER = dict(
+    GREY_28,
+    image_size=32,
+    dim_mults=(1, 2, 4),
+    attn_resolutions=(16,),
+    steps=6000,
+    batch_size=64,
+    sample_every=500,
+)
+GPU = dict(
     PAPER,
-    dim=64,
     conditional=True,
     flip=False,
     steps=50_000,
-    lr=5e-4,
     warmup=500,
     sample_every=1000,
-    checkpoint_every=500,
+    checkpoint_every=1000,
 )
-PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER)
+PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, folder=FOLDER, gpu=GPU)
 
 
-def preset(data, **changes):
-    """The default Config of a data set, with overrides."""
-    settings = dict(PRESETS.get(data, FOLDER), data=data)
-    settings.update(changes)
-    return Config(**settings)
+def preset(data, name=None, **changes):
+    """The default Config of a data set, with overrides: that of PRESETS[name] (default: its own, or "folder")."""
+    settings = PRESETS[name or (data if data in DATA_SETS else "folder")]
+    config = Config(**{**settings, "data": data, **changes})
+    # In a folder, self-attention at the largest size up to 16 pixels
+    if data not in DATA_SETS and "attn_resolutions" not in changes:
+        config.attn_resolutions = (max([size for size in level_sizes(config) if size <= 16], default=16),)
+    return config
+
+
+def level_sizes(config):
+    """The height of the images at each level of the network."""
+    return [config.image_size // 2**i for i in range(len(config.dim_mults))]
 
 
 def build_diffusion(config):
@@ -1628,9 +1688,10 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(enabled))
 
 
-def maybe_compile(config, device, network, mode=None):
+def maybe_compile(config, device, network):
     """The network, compiled if config.compile says so (default: on CUDA with Triton, which torch installs on Linux
-    only)."""
+    only). On CUDA its kernels are then launched together, as CUDA graphs: launched one by one, the launches take longer
+    than the work, and the paper's network trains 2.5 times slower."""
     # By default, only where torch.compile works and pays
     wanted = config.compile
     if wanted is None:
@@ -1640,10 +1701,14 @@ def maybe_compile(config, device, network, mode=None):
     if not wanted:
         return network
 
-    # Shapes are static
     rank, _ = rank_and_world_size()
     if rank == 0:
         print("compiling the network takes about a minute; --no-compile skips it", file=sys.stderr)
+
+    # Shapes are static. Among several GPUs gradients are exchanged during the backward pass, which a graph can't do.
+    mode = "reduce-overhead"
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        mode = "default"
     return torch.compile(network, mode=mode, dynamic=False)
 
 
@@ -1833,6 +1898,46 @@ def write_samples(out, pixels, columns, individual, frames):
     return paths
 
 
+class ImageStore:
+    """The batches that --individual has drawn so far, in the folder .drawn of the run, so that a call that was stopped
+    can be repeated and goes on. What was drawn with other weights, another seed or other options is removed."""
+
+    def __init__(self, out, run, seed, options):
+        # What the images depend on
+        weights = 0
+        for weight in run.model.parameters():
+            weights = zlib.crc32(weight.detach().float().cpu().numpy().tobytes(), weights)
+        how = dataclasses.asdict(options)
+        for name in ("sampling_batch", "individual", "animate"):
+            del how[name]
+        note = json.dumps({"weights": weights, "seed": seed, "bf16": run.config.bf16, **how})
+
+        # The folder
+        self.folder = out / ".drawn"
+        path = self.folder / "drawn.json"
+        if not path.is_file() or path.read_text() != note:
+            self.remove()
+            self.folder.mkdir()
+            path.write_text(note)
+
+    def path(self, start, count):
+        """The file of so many images, the first of which is image start."""
+        return self.folder / f"{start}-{count}.pt"
+
+    def read(self, start, count):
+        """These images, uint8 (count, C, H, W), or None."""
+        path = self.path(start, count)
+        return torch.load(path, weights_only=True) if path.is_file() else None
+
+    def write(self, start, pixels):
+        """Keep these images."""
+        atomic_write(self.path(start, len(pixels)), functools.partial(torch.save, pixels))
+
+    def remove(self):
+        """Remove all images."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 # The folder of a run: checkpoint.pt, log.csv, samples-*.png
 
 
@@ -1847,6 +1952,7 @@ class TrainingState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     classes: list  # the names of the labels, or None
     images: int  # the number of images trained on
+    examples: list = ()  # for TrainingLog.compare; not in the checkpoint
     step: int = 0
 
     def parts(self):
@@ -1963,7 +2069,7 @@ def lock_folder(out):
         raise ValueError(f"another training is running in {out}: --out names another folder") from None
 
 
-LOG_HEADER = "step,loss,gradient_norm,learning_rate,images_per_second\n"
+LOG_HEADER = "step,loss,gradient_norm,learning_rate,images_per_second,ema_loss,ema_loss_held_out\n"
 
 
 def start_folder(out, first_step):
@@ -2002,7 +2108,7 @@ def read_rows(path, last_step):
     if not path.is_file():
         return []
     lines = path.read_text(errors="replace").splitlines()
-    rows = [line for line in lines if re.fullmatch(r"\d+(,[-+.\de]+){4}", line)]
+    rows = [line for line in lines if re.fullmatch(r"\d+(,[-+.\de]+){4}(,[.\d]*){2}", line)]
     return [f"{row}\n" for row in rows if int(row.split(",")[0]) <= last_step]
 
 
@@ -2013,6 +2119,54 @@ def announce(config, state, images):
         f"{len(images):,} images of {config.data}, {parameters:,} parameters, {images.device}, "
         f"{config.steps - state.step:,} steps into {config.out}"
     )
+    sizes = level_sizes(config)
+    if config.attn_resolutions and not set(sizes) & set(config.attn_resolutions):
+        levels = ", ".join(map(str, sizes))
+        print(f"self-attention in the middle only: the levels have {levels} pixels, none is in --attn-resolutions")
+
+
+def check_memory(config, device):
+    """Raise ValueError if a training step surely needs more memory than there is. (A system that runs out of memory may
+    end the process without a word.)"""
+    # Each residual block, of which a level has 2n + 1, keeps at least four of its layers' inputs, of two bytes a number
+    needed = 0
+    for size, mult in zip(level_sizes(config), config.dim_mults, strict=True):
+        blocks = 2 * config.num_res_blocks + 1
+        needed += config.batch_size * blocks * 4 * mult * config.dim * size**2 * 2
+    _, world_size = rank_and_world_size()
+    needed /= world_size
+
+    # What there is
+    if device.type == "cuda":
+        _, memory = torch.cuda.mem_get_info(device)
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if needed > memory:
+        raise ValueError(
+            f"a step on {config.batch_size:,} images of {config.image_size}×{config.image_size} needs more than "
+            f"{needed / 2**30:,.0f} GiB of memory, there are {memory / 2**30:.0f}: make --batch-size, --image-size or "
+            "--dim smaller"
+        )
+
+
+def in_words(seconds):
+    """A duration of a minute or more, as in "2 h 05 min"."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
+def peak_memory(device):
+    """The most memory that was used so far in GiB: of the GPU, or of the process. None if it can't be known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    units = 2**30 if sys.platform == "darwin" else 2**20  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
 def training_bar(config, first_step):
@@ -2031,47 +2185,106 @@ class TrainingLog:
     """Writes log.csv: means over the steps since the line before. Losses stay on the device until a line is written, so
     that no step waits for the GPU."""
 
-    def __init__(self, config, control):
+    def __init__(self, config, control, first_step, device):
         self.config = config
         self.control = control
+        self.device = device
+        self.done = first_step
         self.history = []
+        self.compared = ["", ""]
         self.since = time.perf_counter()
+        self.timed_from = first_step + 5  # the first steps also compile the network
+        self.timed_since = None
 
     @contextlib.contextmanager
     def pause(self):
         """Context manager for what is not counted as training."""
         paused = time.perf_counter()
         yield
-        self.since += time.perf_counter() - paused
+        seconds = time.perf_counter() - paused
+        self.since += seconds
+        if self.timed_since is not None:
+            self.timed_since += seconds
 
     def add(self, loss, gradient_norm):
+        """Record a step."""
         self.history.append(torch.stack([loss.detach(), gradient_norm]))
+        self.done += 1
+        if self.done == self.timed_from:
+            self.timed_since = time.perf_counter()
+        elif self.timed_since is not None and time.perf_counter() - self.timed_since >= 5:
+            self.foretell()
 
-    def write(self, done):
-        """Write a line after step number done. Returns the mean loss. Raises ValueError if a loss is not finite."""
+    def foretell(self):
+        """Print, once, how long the rest of the training will take, if that is a minute or more, and its memory."""
+        steps_per_second = (self.done - self.timed_from) / (time.perf_counter() - self.timed_since)
+        self.timed_since = None
+        seconds = (self.config.steps - self.done) / steps_per_second
+        rank, _ = rank_and_world_size()
+        if rank > 0 or seconds < 60:
+            return
+        text = f"{steps_per_second:.2g} steps/s: {in_words(seconds)} to go"
+        if seconds > 3600:
+            steps = self.done + 3600 * steps_per_second
+            text += f" (an hour: --steps {10 * round(steps / 10)}, or a smaller --dim or --image-size)"
+        memory = peak_memory(self.device)
+        if memory is not None:
+            text += f"; memory {memory:.1f} GiB"
+        tqdm.write(text)
+
+    @torch.no_grad()
+    def compare(self, state, diffusion):
+        """For the next line, the loss of the averaged weights on training images and on held-out ones: 512 of each,
+        with the same t, evenly spread, and the same ε every time. Where it rises on the held-out images and falls on
+        the others, the network learns its images by heart."""
+        with self.pause():
+            for i, (images, labels) in enumerate(state.examples):
+                count = len(images)
+                generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "comparison"))
+                t = torch.randperm(count, generator=generator) * diffusion.timesteps // count
+                noise = torch.randn(images.shape, generator=generator)
+                losses = []
+                for chosen in torch.arange(count).split(64):
+                    model = functools.partial(state.ema, y=None if labels is None else labels[chosen])
+                    batch = (to_model(images[chosen]), t[chosen].to(self.device), noise[chosen].to(self.device))
+                    with autocast(self.config, self.device):
+                        losses.append(diffusion.p_losses(model, *batch))
+                self.compared[i] = f"{torch.stack(losses).mean():.6f}"
+
+    def write(self):
+        """Write a line. Returns the mean loss. Raises ValueError if a loss is not finite."""
         # One copy from the device; the mean over processes
         losses, norms = torch.stack(self.history, dim=1).float().cpu()
         rank, world_size = rank_and_world_size()
         if self.control is not None:
             dist.all_reduce(losses, group=self.control)
             losses /= world_size
-        self.check_finite(losses, norms, done)
+        self.check_finite(losses, norms)
 
         now = time.perf_counter()
         speed = len(self.history) * self.config.batch_size / (now - self.since)
-        lr = self.config.lr * learning_rate(self.config, done - 1)
+        lr = self.config.lr * learning_rate(self.config, self.done - 1)
         if rank == 0:
+            row = [
+                self.done,
+                f"{losses.mean():.6f}",
+                f"{norms.mean():.4f}",
+                f"{lr:.3g}",
+                f"{speed:.0f}",
+                *self.compared,
+            ]
             with open(Path(self.config.out) / "log.csv", "a") as file:
-                file.write(f"{done},{losses.mean():.6f},{norms.mean():.4f},{lr:.3g},{speed:.0f}\n")
+                file.write(",".join(map(str, row)) + "\n")
 
         self.since = now
         self.history.clear()
+        self.compared = ["", ""]
         return losses.mean()
 
-    def check_finite(self, losses, norms, done):
+    def check_finite(self, losses, norms):
         finite = losses.isfinite() & norms.isfinite()
         if not finite.all():
-            step = done - len(finite) + int(finite.int().argmin())
+            step = self.done - len(finite) + int(finite.int().argmin())
             raise ValueError(
                 f"loss or gradient is not finite at (seed {self.config.seed}, step {step}); "
                 f"{self.config.out}/checkpoint.pt is the last good one; a smaller --lr than {self.config.lr:g} may help"
@@ -2352,10 +2565,11 @@ def describe_default(field):
 
     # Other defaults, and the data sets that have each
     presets = {}
-    for data, settings in {**PRESETS, "a folder": FOLDER}.items():
+    spoken = {"folder": "a folder", "gpu": "--preset gpu"}
+    for name, settings in PRESETS.items():
         value = settings.get(field.name, field.default)
         if value != field.default:
-            presets.setdefault(as_typed(value), []).append(data)
+            presets.setdefault(as_typed(value), []).append(spoken.get(name, name))
     others = [f"{value} for {', '.join(names)}" for value, names in presets.items()]
     return "; ".join([as_typed(field.default), *others])
 
@@ -2391,9 +2605,12 @@ def add_modes(parser):
     modes.add_argument("--export", metavar="FOLDER", help="write a trained network as a folder that diffusers loads")
 
 
-def add_resume(parser):
+def add_training_modes(parser):
+    """Add the flags of --train that are not fields of Config."""
     names = " ".join(as_flag(name) for name in MODES["train --resume"])
     parser.add_argument("--resume", action="store_true", help=f"continue a run; takes only {names}")
+    text = "take the defaults of another data set, of a folder, or those for a GPU (default: those of --data)"
+    parser.add_argument("--preset", choices=list(PRESETS), help=text)
 
 
 def new_parser(**settings):
@@ -2418,7 +2635,7 @@ def help_text(arguments):
             defaults = "A default is that of all data sets, or of the digits and then of those that have another."
             parser = new_parser(usage=f"python ddpm.py {usage}", description=defaults if mode == "train" else None)
             if mode == "train":
-                add_resume(parser)
+                add_training_modes(parser)
             for field in MODES[mode].values():
                 add_option(parser, field)
             return parser.format_help()
@@ -2442,7 +2659,7 @@ def parse(arguments):
     # What is given, of all modes' flags
     parser = new_parser()
     add_modes(parser)
-    add_resume(parser)
+    add_training_modes(parser)
     options = {name: field for fields in MODES.values() for name, field in fields.items()}
     for field in options.values():
         add_option(parser, field)
@@ -2456,6 +2673,8 @@ def parse(arguments):
     if mode == "train" and "resume" in given:
         mode = "train --resume"
         allowed.add("resume")
+    elif mode == "train":
+        allowed.add("preset")
 
     # What it takes
     for name, value in given.items():
@@ -2494,7 +2713,7 @@ def given_machine(given):
 
 def run_train(given):
     """--train: a new run, from published weights if --weights names them, or with --resume an old one."""
-    settings = {name: value for name, value in given.items() if name not in ("train", "resume")}
+    settings = {name: value for name, value in given.items() if name not in ("train", "resume", "preset")}
 
     # --resume
     if "resume" in given:
@@ -2513,7 +2732,7 @@ def run_train(given):
                     raise ValueError(f"{as_flag(name)} does not go with --weights, which have their own")
             defaults.update(shape)
             defaults.update(published_schedule(given["weights"]))
-        out = train(preset(**{**defaults, **settings}))
+        out = train(preset(**{**defaults, **settings}, name=given.get("preset")))
 
     # What to do next
     rank, _ = rank_and_world_size()
@@ -2591,6 +2810,11 @@ def main(arguments=None):
     except torch._dynamo.exc.TorchDynamoException as error:
         status = 2
         line = f"error: torch.compile fails ({in_one_line(error)}); use --no-compile"
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        status = 2
+        line = f"error: not enough memory ({in_one_line(error)}); a smaller --batch-size or --sampling-batch needs less"
     print(f"ddpm.py: {line}", file=sys.stderr)
     sys.exit(status)
 
