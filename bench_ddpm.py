@@ -663,19 +663,24 @@ def interpolation(settings):
 def nearest(images, others, count):
     """For each image its count nearest others: the root mean square differences in grey levels (N, count), and which
     they are (N, count). Both are uint8 (N, C, H, W)."""
-    exact = "donot_use_mm_for_euclid_dist"
-    distances = torch.cdist(images.flatten(1).float(), others.flatten(1).float(), compute_mode=exact)
-    return (distances / images[0].numel() ** 0.5).topk(count, largest=False)
+    distances = []
+    for batch in images.split(100):
+        both = (batch.flatten(1).float(), others.flatten(1).float())
+        distances.append(torch.cdist(*both, compute_mode="donot_use_mm_for_euclid_dist").topk(count, largest=False))
+    values, which = (torch.cat(parts) for parts in zip(*distances, strict=True))
+    return values / images[0].numel() ** 0.5, which
 
 
 def memory(settings):
     """Samples and the training images nearest to them, which would be equal if the network drew from memory.
 
     Each row is a sample and its five nearest training images. The table compares as many samples as images are held
-    out: how far each is from the nearest training image. Held-out images are as far as images are that are new."""
+    out: how far each is from the nearest training image. Held-out images show how far new images are."""
     run = base_run(settings)
     train = load_images(settings, "train")
     held_out = load_images(settings, "test")
+    if not len(held_out):
+        raise ValueError(f"no image of {settings.data} is held out from training: it has too few")
     samples = draw(settings, run, max(10, len(held_out)))
 
     rows = []
@@ -686,8 +691,8 @@ def memory(settings):
     print_table(["RMS difference to the nearest training image", "images", "median", "lowest tenth", "least"], rows)
 
     _, which = nearest(samples[:10], train, 5)
-    columns = [torch.cat([sample[None], train[row]]) for sample, row in zip(samples[:10], which, strict=True)]
-    return ddpm.make_grid_image(torch.cat(columns), 6)
+    rows = [torch.cat([sample[None], train[row]]) for sample, row in zip(samples[:10], which, strict=True)]
+    return ddpm.make_grid_image(torch.cat(rows), 6)
 
 
 # ---- DDIM's tables and figures ---------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ import zlib
 from collections import OrderedDict
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # on the CPU: what Apple's GPUs have no kernel for (log_ndtr)
+# Apple's GPUs have no kernel for log_ndtr: the CPU takes over. (No effect if torch was imported before.)
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import numpy as np
 import torch
@@ -69,8 +70,8 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def extract(coefficients, t, x):
-    """Returns coefficients[t] in x's dtype, for t (B,) shaped (B, 1, …, 1) to broadcast against x (B, …), for an int t
-    a number."""
+    """Returns coefficients[t] in x's dtype, for t (B,) shaped (B, 1, …, 1) to broadcast against x (B, …); for an int t
+    a single number."""
     return broadcast(coefficients[t], x).to(x.dtype)
 
 
@@ -456,6 +457,8 @@ class GaussianDiffusion(nn.Module):
         for other in others:
             if other is not None and other.shape != x.shape:
                 raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
+            if other is not None and not other.is_floating_point():
+                raise ValueError(f"noise and images must be floats, got {other.dtype}")
         if not torch.is_tensor(t):
             in_range = 0 <= t < self.timesteps
         elif t.shape != x.shape[:1] or t.dtype != torch.int64:
@@ -631,7 +634,8 @@ class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
 
     Norms have 32 groups as in the paper if dim ≥ 128; smaller networks have dim/16, because smaller groups are slow on
-    a CPU. Raises ValueError unless dim is a multiple of 4, and image_size of 2^(number of levels − 1)."""
+    a CPU. Raises ValueError unless dim is a multiple of 4 and image_size of 2^(number of levels − 1), and for sizes and
+    numbers below 1."""
 
     def __init__(
         self,
@@ -655,6 +659,12 @@ class UNet(nn.Module):
             raise ValueError(f"image_size {image_size} can't be halved {self.halvings} times, {needed}")
         if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a multiple of 4, got {dim}")
+        if (
+            not dim_mults
+            or min(*dim_mults, image_channels, num_res_blocks, 1 if num_classes is None else num_classes) < 1
+        ):
+            got = f"got {tuple(dim_mults)}, {image_channels}, {num_res_blocks} and {num_classes}"
+            raise ValueError(f"dim_mults, image_channels, num_res_blocks and num_classes must be at least 1, {got}")
 
         # Time and label
         time_dim = time_dim or 4 * dim
@@ -782,16 +792,16 @@ def train(config, checkpoint=None, watch=None):
             log.add(loss, gradient_norm)
             stopped = any_process_received(signals, log.control)
             save = stopped or done == config.steps or done % config.checkpoint_every == 0
-            draw = rank == 0 and not stopped and (done == config.steps or done % config.sample_every == 0)
-            if draw:
+            draw = not stopped and (done == config.steps or done % config.sample_every == 0)
+            if draw and rank == 0:
                 log.compare(state, diffusion)
-            if save or done % config.log_every == 0:
+            if save or draw or done % config.log_every == 0:
                 bar.set_postfix(loss=f"{log.write():.4f}")
             if save and rank == 0:
                 state.save(done)
             if stopped:
                 break
-            if draw:
+            if draw and rank == 0:
                 with log.pause():
                     (watch or Run.grid)(Run(config, state.ema, diffusion), done)
 
@@ -1047,15 +1057,17 @@ def sample(run, count, seed=0, **options):
 
 
 def draw_batches(run, batches, size, labels, seed, options, store=None):
-    """Draw this process's share of the batches, but those that the store has. Returns {i: uint8 images of batch i}, and
-    with options.animate every x_t of batch 0."""
+    """Draw this process's share of the batches; those in the store are read instead. Returns {i: uint8 images of batch
+    i}, and with options.animate every x_t of batch 0."""
     rank, world_size = rank_and_world_size()
     hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
     how = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
     drawn = {}
     frames = []
     for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar):
-        stored = None if store is None or options.animate else store.read(i * size, size)
+        stored = None
+        if store is not None and not (options.animate and i == 0):
+            stored = store.read(i * size, size)
         if stored is not None:
             drawn[i] = stored
             continue
@@ -1215,6 +1227,11 @@ def load_folder(folder, image_size):
     skipped = [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
     if not paths:
         raise ValueError(f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders")
+    size = 2 * len(paths) * 3 * image_size**2  # twice, since the training set is a copy
+    memory = total_memory(torch.device("cpu"))
+    if size > memory:
+        needed = f"need {size / 2**30:.0f} GiB of memory, there are {memory / 2**30:.0f}"
+        raise ValueError(f"{len(paths):,} images as {image_size}×{image_size} {needed}: make --image-size smaller")
     # Their pixels, and which are held out
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     held_out = torch.empty(len(paths), dtype=torch.bool)
@@ -1302,12 +1319,12 @@ def load_training_data(config, device):
     if not config.conditional:
         data.labels = data.classes = None
 
-    # The training set, and what is held out
+    # The training set, and examples of it and of what is held out
     images, labels = data.split("train")
     held_out = data.split("test")
     if config.data in TORCHVISION:
-        held_out_images, held_out_labels = load_data(config.data, config.image_size, split="test")
-        held_out = held_out_images, held_out_labels if config.conditional else None
+        test_images, test_labels = load_data(config.data, config.image_size, split="test")
+        held_out = test_images, test_labels if config.conditional else None
     examples = []
     if len(held_out[0]):
         examples = [choose_examples(images, labels, device), choose_examples(*held_out, device)]
@@ -1471,7 +1488,7 @@ class Config:
     flip: bool = option(False, "mirror half of the images left to right")
 
     # Reproducibility, log, checkpoints
-    seed: int = option(0, "seed of everything random")
+    seed: int = option(0, "seed of everything random", 0, 2**32 - 1)
     log_every: int = option(50, "steps between two lines of log.csv", 1)
     sample_every: int = option(500, "steps between two grids of samples", 1)
     checkpoint_every: int = option(500, "steps between two checkpoints", 1)
@@ -1571,10 +1588,10 @@ GREY_28 = dict(
 FOLDER = dict(
     GREY_28,
     image_size=32,
-    dim_mults=(1, 2, 4),
-    attn_resolutions=(16,),
-    steps=6000,
-    batch_size=64,
+    dim=16,
+    dim_mults=(1, 2, 4, 8),
+    attn_resolutions=(8,),
+    steps=4000,
     sample_every=500,
 )
 GPU = dict(
@@ -1591,11 +1608,14 @@ PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, f
 
 def preset(data, name=None, **changes):
     """The default Config of a data set, with overrides: that of PRESETS[name] (default: its own, or "folder")."""
-    settings = PRESETS[name or (data if data in DATA_SETS else "folder")]
-    config = Config(**{**settings, "data": data, **changes})
-    # In a folder, self-attention at the largest size up to 16 pixels
+    settings = dict(PRESETS[name or (data if data in DATA_SETS else "folder")], data=data)
+    if data in DATA_SETS:  # whose images have one size
+        settings["image_size"] = PRESETS[data].get("image_size", Config.image_size)
+    config = Config(**{**settings, **changes})
+    # In a folder, self-attention is at the largest level that is not above the preset's size.
     if data not in DATA_SETS and "attn_resolutions" not in changes:
-        config.attn_resolutions = (max([size for size in level_sizes(config) if size <= 16], default=16),)
+        limit = config.attn_resolutions[0]
+        config.attn_resolutions = (max([size for size in level_sizes(config) if size <= limit], default=limit),)
     return config
 
 
@@ -1690,8 +1710,8 @@ def autocast(config, device):
 
 def maybe_compile(config, device, network):
     """The network, compiled if config.compile says so (default: on CUDA with Triton, which torch installs on Linux
-    only). On CUDA its kernels are then launched together, as CUDA graphs: launched one by one, the launches take longer
-    than the work, and the paper's network trains 2.5 times slower."""
+    only). On CUDA it then runs as CUDA graphs: launching its kernels one by one takes longer than their work, so that
+    the paper's network trains 2.5 times slower."""
     # By default, only where torch.compile works and pays
     wanted = config.compile
     if wanted is None:
@@ -1905,7 +1925,7 @@ class ImageStore:
     def __init__(self, out, run, seed, options):
         # What the images depend on
         weights = 0
-        for weight in run.model.parameters():
+        for weight in (run.diffusion.betas, *run.model.parameters()):
             weights = zlib.crc32(weight.detach().float().cpu().numpy().tobytes(), weights)
         how = dataclasses.asdict(options)
         for name in ("sampling_batch", "individual", "animate"):
@@ -2104,11 +2124,13 @@ def rename_folder(folder):
 
 
 def read_rows(path, last_step):
-    """The rows of a log.csv up to a step. What is no whole row is left out; a missing file has none."""
+    """The rows of a log.csv up to a step. What is no whole row is left out; a missing file has none. Rows of an earlier
+    version, without the last two columns, get them empty."""
     if not path.is_file():
         return []
     lines = path.read_text(errors="replace").splitlines()
-    rows = [line for line in lines if re.fullmatch(r"\d+(,[-+.\de]+){4}(,[.\d]*){2}", line)]
+    rows = [line for line in lines if re.fullmatch(r"\d+(,[-+.\de]+){4}(,[.\d]*,[.\d]*)?", line)]
+    rows = [row if row.count(",") == 6 else f"{row},," for row in rows]
     return [f"{row}\n" for row in rows if int(row.split(",")[0]) <= last_step]
 
 
@@ -2122,7 +2144,7 @@ def announce(config, state, images):
     sizes = level_sizes(config)
     if config.attn_resolutions and not set(sizes) & set(config.attn_resolutions):
         levels = ", ".join(map(str, sizes))
-        print(f"self-attention in the middle only: the levels have {levels} pixels, none is in --attn-resolutions")
+        print(f"self-attention in the middle only: no level ({levels} pixels) is in --attn-resolutions")
 
 
 def check_memory(config, device):
@@ -2133,22 +2155,26 @@ def check_memory(config, device):
     for size, mult in zip(level_sizes(config), config.dim_mults, strict=True):
         blocks = 2 * config.num_res_blocks + 1
         needed += config.batch_size * blocks * 4 * mult * config.dim * size**2 * 2
-    _, world_size = rank_and_world_size()
-    needed /= world_size
-
-    # What there is
-    if device.type == "cuda":
-        _, memory = torch.cuda.mem_get_info(device)
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
+    if device.type == "cuda":  # a GPU for each process
+        _, world_size = rank_and_world_size()
+        needed /= world_size
+    memory = total_memory(device)
     if needed > memory:
         raise ValueError(
             f"a step on {config.batch_size:,} images of {config.image_size}×{config.image_size} needs more than "
             f"{needed / 2**30:,.0f} GiB of memory, there are {memory / 2**30:.0f}: make --batch-size, --image-size or "
             "--dim smaller"
         )
+
+
+def total_memory(device):
+    """The bytes of memory that the GPU or the machine has; infinity if that can't be known."""
+    if device.type == "cuda":
+        _, memory = torch.cuda.mem_get_info(device)
+        return memory
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 def in_words(seconds):
@@ -2199,6 +2225,8 @@ class TrainingLog:
     @contextlib.contextmanager
     def pause(self):
         """Context manager for what is not counted as training."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # so that steps in the queue are counted
         paused = time.perf_counter()
         yield
         seconds = time.perf_counter() - paused
@@ -2223,10 +2251,10 @@ class TrainingLog:
         rank, _ = rank_and_world_size()
         if rank > 0 or seconds < 60:
             return
-        text = f"{steps_per_second:.2g} steps/s: {in_words(seconds)} to go"
+        text = f"{steps_per_second:.3g} steps/s: {in_words(seconds)} to go"
         if seconds > 3600:
             steps = self.done + 3600 * steps_per_second
-            text += f" (an hour: --steps {10 * round(steps / 10)}, or a smaller --dim or --image-size)"
+            text += f" (an hour: --steps {10 * round(steps / 10)}; or a smaller --dim)"
         memory = peak_memory(self.device)
         if memory is not None:
             text += f"; memory {memory:.1f} GiB"
@@ -2239,17 +2267,17 @@ class TrainingLog:
         the others, the network learns its images by heart."""
         with self.pause():
             for i, (images, labels) in enumerate(state.examples):
-                count = len(images)
                 generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "comparison"))
-                t = torch.randperm(count, generator=generator) * diffusion.timesteps // count
-                noise = torch.randn(images.shape, generator=generator)
+                timesteps = torch.randperm(len(images), generator=generator) * diffusion.timesteps // len(images)
                 losses = []
-                for chosen in torch.arange(count).split(64):
+                for chosen in torch.arange(len(images)).split(min(64, self.config.batch_size)):
+                    x_start = to_model(images[chosen])
+                    t = timesteps[chosen].to(self.device)
+                    noise = torch.randn(x_start.shape, generator=generator).to(self.device)
                     model = functools.partial(state.ema, y=None if labels is None else labels[chosen])
-                    batch = (to_model(images[chosen]), t[chosen].to(self.device), noise[chosen].to(self.device))
                     with autocast(self.config, self.device):
-                        losses.append(diffusion.p_losses(model, *batch))
-                self.compared[i] = f"{torch.stack(losses).mean():.6f}"
+                        losses.append(len(t) / len(images) * diffusion.p_losses(model, x_start, t, noise))
+                self.compared[i] = f"{sum(losses):.6f}"
 
     def write(self):
         """Write a line. Returns the mean loss. Raises ValueError if a loss is not finite."""
@@ -2632,7 +2660,7 @@ def help_text(arguments):
     flags = [argument.split("=")[0] for argument in arguments]
     for mode, usage in USAGE.items():
         if as_flag(mode) in flags:
-            defaults = "A default is that of all data sets, or of the digits and then of those that have another."
+            defaults = "The first default is that of the digits; others follow where they differ."
             parser = new_parser(usage=f"python ddpm.py {usage}", description=defaults if mode == "train" else None)
             if mode == "train":
                 add_training_modes(parser)
@@ -2811,10 +2839,11 @@ def main(arguments=None):
         status = 2
         line = f"error: torch.compile fails ({in_one_line(error)}); use --no-compile"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         status = 2
-        line = f"error: not enough memory ({in_one_line(error)}); a smaller --batch-size or --sampling-batch needs less"
+        less = "a smaller --batch-size, --sampling-batch or --image-size needs less"
+        line = f"error: not enough memory ({in_one_line(error) or 'MemoryError'}); {less}"
     print(f"ddpm.py: {line}", file=sys.stderr)
     sys.exit(status)
 
