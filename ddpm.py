@@ -2112,14 +2112,22 @@ def start_folder(out, first_step):
 
 
 def rename_folder(folder):
-    """Rename a folder to NAME-1, NAME-2, … and make a new one; of a link, the target. Returns the new path."""
+    """Rename a folder to NAME-1, NAME-2, … and make a new one; of a link, the target. A mounted disk can't be renamed:
+    there the files of the run are moved into a folder of that name on it. Returns the new path."""
     if folder.is_symlink():
         folder = folder.resolve()
     n = 1
-    while folder.with_name(f"{folder.name}-{n}").exists():
+    while folder.with_name(f"{folder.name}-{n}").exists() or (folder / f"{folder.name}-{n}").exists():
         n += 1
-    renamed = folder.rename(folder.with_name(f"{folder.name}-{n}"))
-    folder.mkdir()
+    try:
+        renamed = folder.rename(folder.with_name(f"{folder.name}-{n}"))
+        folder.mkdir()
+    except OSError:
+        renamed = folder / f"{folder.name}-{n}"
+        renamed.mkdir()
+        for pattern in ("checkpoint.pt", "log.csv", "samples*.png", "samples.gif", "individual"):
+            for path in list(folder.glob(pattern)):
+                path.rename(renamed / path.name)
     return renamed
 
 

@@ -25,6 +25,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import inspect
 import io
@@ -3380,7 +3381,7 @@ def test_nothing_is_compared_where_nothing_is_held_out(folder):
     save(folder / "pictures" / "1.png")
     train(data="pictures", image_size=8, steps=2, sample_every=1, out="runs/pictures")
     rows = Path("runs/pictures/log.csv").read_text().splitlines()[1:]
-    assert [row[-2:] for row in rows] == [",,"]
+    assert [row[-2:] for row in rows] == [",,", ",,"]
 
 
 @pytest.mark.parametrize(
@@ -3516,7 +3517,7 @@ def test_a_resumed_run_takes_what_may_change_and_keeps_the_rest(folder, monkeypa
     monkeypatch.setattr(ddpm.Run, "grid", lambda run, step: Path(f"grid{step}").touch())
     assert cli("--train", "--resume", "--out", "run", *flags(how)) == 0
     assert {name for name, value in read("run")["config"].items() if value != before[name]} == set(how)
-    assert log_of("run")[:, 0].tolist() == [2, 3, 4, 6]
+    assert log_of("run")[:, 0].tolist() == [2, 3, 4, 5, 6]
     assert sorted(path.name for path in folder.glob("grid*")) == ["grid5", "grid6"]
     assert log_of("run")[-1, 3] == 2e-3
 
@@ -3708,6 +3709,28 @@ def test_a_new_run_keeps_the_earlier_one(folder, capsys):
     train(steps=1)
     assert "runs/digits is now runs/digits-2" in capsys.readouterr().out
     assert [read(out)["step"] for out in ("runs/digits-1", "runs/digits-2", "runs/digits")] == [2, 3, 1]
+
+
+def test_on_a_mounted_disk_an_earlier_run_moves_into_a_folder(folder, monkeypatch, capsys):
+    """A folder that is a mount point can't be renamed (EBUSY, pretended here): the files of its run are moved, others
+    stay."""
+    rename = Path.rename
+
+    def busy(path, target):
+        if path == Path("runs/digits"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    for steps in (2, 3, 1):
+        train(steps=steps)
+        Path("runs/digits/lost+found").touch()
+    assert "runs/digits is now runs/digits/digits-2" in capsys.readouterr().out
+    runs = ("runs/digits/digits-1", "runs/digits/digits-2", "runs/digits")
+    assert [read(out)["step"] for out in runs] == [2, 3, 1]
+    assert [len(log_of(out)) for out in runs] == [1, 2, 1]
+    assert Path("runs/digits/lost+found").exists()
+    assert len(list(folder.rglob("lost+found"))) == 1
 
 
 def test_labels_are_learned_unless_told_otherwise(folder):
