@@ -3207,8 +3207,12 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(folder, monkeypa
     """Before the earlier run is moved. The bound is linear in the batch, and lies below what torch really keeps for the
     backward pass, here counted by its hooks. What only the allocator refuses is reported in one line, too."""
     train(steps=1)
-    assert cli("--train", *flags({**TINY, "batch_size": 10**12, "steps": 1})) == 2
-    assert "a step on 1,000,000,000,000 images of 8×8 needs more than " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpm, "total_memory", lambda device: 7 * 2**30)
+        assert cli("--train", *flags({**TINY, "batch_size": 10**12, "steps": 1})) == 2
+    needed = 10**12 * 3 * 4 * 8 * 8**2 * 2 / 2**30  # three blocks, four inputs of 8 channels and 8×8, two bytes
+    want = f"a step on 1,000,000,000,000 images of 8×8 needs more than {needed:,.0f} GiB of memory, there are 7: make"
+    assert want in capsys.readouterr().err
     assert sorted(path.name for path in Path("runs").iterdir() if not path.name.startswith(".")) == ["digits"]
 
     kept = {}
@@ -3231,10 +3235,10 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(folder, monkeypa
             ddpm.check_memory(config, torch.device("cpu"))
 
     save(folder / "pictures" / "1.png")
-    monkeypatch.setattr(ddpm, "total_memory", lambda device: 2 * 3 * 64**2 - 1)
-    with pytest.raises(ValueError, match="1 images as 64×64 need .* make --image-size smaller"):
-        ddpm.load_data("pictures", 64)
-    ddpm.load_data("pictures", 63)
+    monkeypatch.setattr(ddpm, "total_memory", lambda device: 2 * 3 * 64**2)
+    ddpm.load_data("pictures", 64)
+    with pytest.raises(ValueError, match="1 images as 40000×40000 need 9 GiB of memory, there are 0: make"):
+        ddpm.load_data("pictures", 40_000)
 
     def p_losses(*_):
         return torch.empty(2**60, dtype=torch.uint8)
@@ -3245,6 +3249,21 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(folder, monkeypa
     assert cli("--train", *flags({**TINY, "steps": 1, "out": "other"})) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("ddpm.py: error: not enough memory (")
+
+
+def test_memory_is_measured_in_gib(monkeypatch):
+    """Of the GPU by torch's counter. Of the process by getrusage, which counts KiB on Linux and bytes on macOS."""
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 5 * 2**30))
+    assert ddpm.peak_memory(torch.device("cuda", 1)) == 3
+    assert ddpm.total_memory(torch.device("cuda", 1)) == 5 * 2**30
+    resource = pytest.importorskip("resource", reason="Windows has no resource module: run it on Linux or macOS")
+    monkeypatch.setattr(resource, "getrusage", lambda who: types.SimpleNamespace(ru_maxrss=5 * 2**20))
+    for platform_name, want in (("linux", 5), ("darwin", 5 / 1024)):
+        monkeypatch.setattr(sys, "platform", platform_name)
+        assert ddpm.peak_memory(torch.device("cpu")) == want
+    monkeypatch.setattr(os, "sysconf", dict(SC_PAGE_SIZE=4096, SC_PHYS_PAGES=10).__getitem__)
+    assert ddpm.total_memory(torch.device("cpu")) == 40_960
 
 
 def test_the_preset_of_other_data_can_be_asked_for(folder, monkeypatch):
