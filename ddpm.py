@@ -455,9 +455,11 @@ class GaussianDiffusion(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
         for other in others:
-            if other is not None and other.shape != x.shape:
+            if other is None:
+                continue
+            if other.shape != x.shape:
                 raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
-            if other is not None and not other.is_floating_point():
+            if not other.is_floating_point():
                 raise ValueError(f"noise and images must be floats, got {other.dtype}")
         if not torch.is_tensor(t):
             in_range = 0 <= t < self.timesteps
@@ -659,10 +661,10 @@ class UNet(nn.Module):
             raise ValueError(f"image_size {image_size} can't be halved {self.halvings} times, {needed}")
         if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a multiple of 4, got {dim}")
-        if (
-            not dim_mults
-            or min(*dim_mults, image_channels, num_res_blocks, 1 if num_classes is None else num_classes) < 1
-        ):
+        counts = [*dim_mults, image_channels, num_res_blocks]
+        if num_classes is not None:
+            counts.append(num_classes)
+        if not dim_mults or min(counts) < 1:
             got = f"got {tuple(dim_mults)}, {image_channels}, {num_res_blocks} and {num_classes}"
             raise ValueError(f"dim_mults, image_channels, num_res_blocks and num_classes must be at least 1, {got}")
 
@@ -1227,11 +1229,14 @@ def load_folder(folder, image_size):
     skipped = [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
     if not paths:
         raise ValueError(f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders")
-    size = 2 * len(paths) * 3 * image_size**2  # twice, since the training set is a copy
+
+    # Their memory, twice, since the training set is a copy
+    size = 2 * len(paths) * 3 * image_size**2
     memory = total_memory(torch.device("cpu"))
     if size > memory:
         needed = f"need {size / 2**30:.0f} GiB of memory, there are {memory / 2**30:.0f}"
         raise ValueError(f"{len(paths):,} images as {image_size}×{image_size} {needed}: make --image-size smaller")
+
     # Their pixels, and which are held out
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     held_out = torch.empty(len(paths), dtype=torch.bool)
@@ -1316,19 +1321,22 @@ def load_training_data(config, device):
     rank, _ = rank_and_world_size()
     if rank == 0 and config.data not in DATA_SETS:
         print(describe_folder(config.data, data))
-    if not config.conditional:
-        data.labels = data.classes = None
 
-    # The training set, and examples of it and of what is held out
+    # The training set, and what is held out; torchvision keeps its test set apart.
     images, labels = data.split("train")
-    held_out = data.split("test")
     if config.data in TORCHVISION:
-        test_images, test_labels = load_data(config.data, config.image_size, split="test")
-        held_out = test_images, test_labels if config.conditional else None
+        test_images, test_labels = read_data(config.data, config.image_size, "test").split("test")
+    else:
+        test_images, test_labels = data.split("test")
+    classes = data.classes
+    if not config.conditional:
+        labels = test_labels = classes = None
+
+    # Examples of both
     examples = []
-    if len(held_out[0]):
-        examples = [choose_examples(images, labels, device), choose_examples(*held_out, device)]
-    return images.to(device), None if labels is None else labels.to(device), data.classes, examples
+    if len(test_images):
+        examples = [choose_examples(images, labels, device), choose_examples(test_images, test_labels, device)]
+    return images.to(device), None if labels is None else labels.to(device), classes, examples
 
 
 EXAMPLES = 512
@@ -2301,16 +2309,10 @@ class TrainingLog:
         speed = len(self.history) * self.config.batch_size / (now - self.since)
         lr = self.config.lr * learning_rate(self.config, self.done - 1)
         if rank == 0:
-            row = [
-                self.done,
-                f"{losses.mean():.6f}",
-                f"{norms.mean():.4f}",
-                f"{lr:.3g}",
-                f"{speed:.0f}",
-                *self.compared,
-            ]
+            means = f"{losses.mean():.6f},{norms.mean():.4f}"
+            compared = ",".join(self.compared)
             with open(Path(self.config.out) / "log.csv", "a") as file:
-                file.write(",".join(map(str, row)) + "\n")
+                file.write(f"{self.done},{means},{lr:.3g},{speed:.0f},{compared}\n")
 
         self.since = now
         self.history.clear()

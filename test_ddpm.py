@@ -1607,23 +1607,23 @@ def test_half_precision_stays_half_precision(dtype, t):
     """With x_t in float16 or bfloat16 every function returns its dtype, whether t is an int or a tensor, and agrees
     with float32 to the precision of the dtype. bits/dim, whose L_0 has no meaning there, are refused."""
     x = torch.tensor([0.5, -0.25, 0.125, 1.0]).reshape(1, 1, 2, 2)
-    half = ddpm.GaussianDiffusion(BETAS)
-    model = lambda x_t, t: x_t / 2  # noqa: E731
+    diffusion = ddpm.GaussianDiffusion(BETAS)
+    model = lambda x_t, t: x_t / 2
     functions = [
-        lambda x: half.q_sample(x, t, x),
-        lambda x: half.q_posterior(x, x, t)[0],
-        lambda x: half.predict_x_start(x, t, x),
-        lambda x: half.predict_noise(x, t, x),
-        lambda x: half.p_sample(model, x, t, noise=x),
-        lambda x: half.score(model, x, t),
-        lambda x: half.p_losses(model, x, torch.as_tensor(t).reshape(1), x),
+        lambda x: diffusion.q_sample(x, t, x),
+        lambda x: diffusion.q_posterior(x, x, t)[0],
+        lambda x: diffusion.predict_x_start(x, t, x),
+        lambda x: diffusion.predict_noise(x, t, x),
+        lambda x: diffusion.p_sample(model, x, t, noise=x),
+        lambda x: diffusion.score(model, x, t),
+        lambda x: diffusion.p_losses(model, x, torch.as_tensor(t).reshape(1), x),
     ]
     for function in functions:
         got, want = function(x.to(dtype)), function(x)
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), want, rtol=0.03, atol=0.03)
     with pytest.raises(ValueError, match=f"float32 or float64, got {dtype}"):
-        half.bits_per_dim(model, x.to(dtype))
+        diffusion.bits_per_dim(model, x.to(dtype))
 
 
 @pytest.mark.parametrize("draw", NOISES.values(), ids=NOISES)
@@ -3148,21 +3148,7 @@ SETTINGS = dict(
     ),
     mnist=SMALL_GREY,
     fashion_mnist=SMALL_GREY,
-    folder=dict(
-        image_size=32,
-        dim=16,
-        dim_mults=(1, 2, 4, 8),
-        num_res_blocks=1,
-        attn_resolutions=(8,),
-        steps=4000,
-        batch_size=64,
-        lr=2e-3,
-        warmup=200,
-        lr_decay="linear",
-        dropout=0,
-        flip=False,
-        conditional=True,
-    ),
+    folder=dict(SMALL_GREY, image_size=32, dim=16, dim_mults=(1, 2, 4, 8), attn_resolutions=(8,), steps=4000),
     gpu=dict(
         image_size=32,
         dim=128,
@@ -3182,12 +3168,10 @@ SETTINGS = dict(
 
 
 @pytest.mark.parametrize("data, settings", SETTINGS.items(), ids=SETTINGS)
-def test_the_other_presets_are_those_of_readmes_results(data, settings, folder):
+def test_the_other_presets_are_those_of_readmes_results(data, settings):
     """What the images and times of README were made with; all have the paper's diffusion, clipping and average.
     --preset names one for any data."""
-    config = dataclasses.asdict(ddpm.preset(data))
-    if data == "gpu":
-        config = dataclasses.asdict(ddpm.preset("some/gpu", "gpu"))
+    config = dataclasses.asdict(ddpm.preset("some/gpu", "gpu") if data == "gpu" else ddpm.preset(data))
     settings = dict(
         settings, label_dropout=0.1, timesteps=1000, schedule="linear", variance="fixed_large", loss="simple"
     )
@@ -3204,8 +3188,7 @@ def test_a_preset_yields_to_what_is_given():
 
 
 def test_a_step_that_needs_more_memory_than_there_is_is_refused(folder, monkeypatch, capsys):
-    """Before the earlier run is moved. The bound is linear in the batch, and lies below what torch really keeps for the
-    backward pass, here counted by its hooks. What only the allocator refuses is reported in one line, too."""
+    """Before the earlier run is moved."""
     train(steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(ddpm, "total_memory", lambda device: 7 * 2**30)
@@ -3215,6 +3198,10 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(folder, monkeypa
     assert want in capsys.readouterr().err
     assert sorted(path.name for path in Path("runs").iterdir() if not path.name.startswith(".")) == ["digits"]
 
+
+def test_a_step_is_refused_only_if_it_needs_more_memory(monkeypatch):
+    """What is assumed lies below what torch really keeps for the backward pass, here counted by its hooks, and above a
+    sixteenth of that."""
     kept = {}
     config = ddpm.preset("digits", batch_size=4)
     network, _ = ddpm.build(config, 1, 10)
@@ -3234,21 +3221,14 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(folder, monkeypa
         with pytest.raises(ValueError, match="smaller") if refused else contextlib.nullcontext():
             ddpm.check_memory(config, torch.device("cpu"))
 
+
+def test_a_folder_that_needs_more_memory_than_there_is_is_refused(folder, monkeypatch):
+    """Before an image is read: the pixels of all images, and a copy of them."""
     save(folder / "pictures" / "1.png")
     monkeypatch.setattr(ddpm, "total_memory", lambda device: 2 * 3 * 64**2)
     ddpm.load_data("pictures", 64)
     with pytest.raises(ValueError, match="1 images as 40000×40000 need 9 GiB of memory, there are 0: make"):
         ddpm.load_data("pictures", 40_000)
-
-    def p_losses(*_):
-        return torch.empty(2**60, dtype=torch.uint8)
-
-    monkeypatch.undo()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(ddpm.GaussianDiffusion, "p_losses", p_losses)
-    assert cli("--train", *flags({**TINY, "steps": 1, "out": "other"})) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("ddpm.py: error: not enough memory (")
 
 
 def test_memory_is_measured_in_gib(monkeypatch):
@@ -4025,7 +4005,7 @@ def test_each_device_trains_resumes_samples_and_evaluates(device, more, folder, 
 @NEEDS_CUDA
 def test_cuda_graphs_train_like_single_kernels(folder):
     """The losses and gradient norms of twelve steps, each with a line in the log, compiled to CUDA graphs and not
-    compiled. A graph that were captured once and replayed on old data or weights would repeat the first."""
+    compiled. A graph that is replayed on old data or weights repeats the numbers of an earlier step."""
     logs = []
     for compiled in (True, False):
         out = f"compiled {compiled}"
@@ -4277,7 +4257,8 @@ def test_the_network_compiles_as_one_graph():
 
 
 def test_too_little_memory_or_no_compiler_is_one_line(folder, monkeypatch, capsys):
-    """Memory, as CUDA reports it, and a torch.compile that fails: exit status 2 and what would help."""
+    """Memory, as CUDA and as the CPU's allocator report it, and a torch.compile that fails: exit status 2 and what
+    would help."""
 
     def exhausted(self, *batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total of 8.00 GiB.")
@@ -4287,6 +4268,11 @@ def test_too_little_memory_or_no_compiler_is_one_line(folder, monkeypatch, capsy
         assert cli("--train", *flags({**TINY, "steps": 1})) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == "ddpm.py: error: CUDA out of memory; a smaller --batch-size or --sampling-batch needs less"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpm.GaussianDiffusion, "p_losses", lambda *_: torch.empty(2**60, dtype=torch.uint8))
+        assert cli("--train", *flags({**TINY, "steps": 1})) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("ddpm.py: error: not enough memory (")
 
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nto be found")
