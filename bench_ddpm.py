@@ -512,9 +512,9 @@ def train_mean(settings, seed, loss):
         y = labels[chosen] if num_classes else None
         ddpm.training_loss(network, diffusion, config, x_start, t, noise, y, num_classes).backward()
         nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+        state.optimizer.param_groups[0]["lr"] = config.lr * ddpm.learning_rate(config, step)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        state.scheduler.step()
         ddpm.ema_update(state.ema, state.model, step, config.ema_decay)
     return ddpm.Run(config, PredictsMean(state.ema, simple), simple)
 

@@ -84,7 +84,9 @@ def broadcast(values, x):
 
 def noise_like(x, shape, generator=None, noise=None):
     """A sample of N(0, I) with the dtype and device of x, or the given noise. A list of generators has one for each
-    image. Raises ValueError for another shape or another number of generators."""
+    image. Raises ValueError for another shape, integers, or another number of generators."""
+    if not x.is_floating_point():
+        raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
     if noise is None and isinstance(generator, list):
         if len(generator) != shape[0]:
             raise ValueError(f"{shape[0]} images need as many generators, got {len(generator)}")
@@ -93,6 +95,8 @@ def noise_like(x, shape, generator=None, noise=None):
         return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
     if noise.shape != torch.Size(shape):
         raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
+    if not noise.is_floating_point():
+        raise ValueError(f"noise must be floats, got {noise.dtype}")
     return noise
 
 
@@ -108,26 +112,35 @@ class GaussianDiffusion(nn.Module):
 
     A model is any callable model(x_t, t) that returns ε_θ, shaped like x_t; it receives t as int64 (B,). With a learned
     variance it returns ε_θ and v, concatenated along the channels.
+    prediction is what it returns: "noise" is ε_θ; "velocity" is √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho, 2022, §4),
+    whose errors x̂_0 does not magnify by 1/√ᾱ_t: better for few steps and short trainings.
     variance is σ_t² of p_θ (§3.2): "fixed_large" is β_t, optimal if x_0 ~ N(0, I); "fixed_small" is β̃_t, optimal if
     x_0 is a single point; "learned_range" interpolates between their logarithms with v (Improved DDPM Eq. 15).
-    loss is "simple" (Eq. 14; with a learned variance L_hybrid, Improved DDPM Eq. 16) or "bound" (Eq. 5).
+    loss is "simple" (Eq. 14, for what the model returns; with a learned variance L_hybrid, Improved DDPM Eq. 16) or
+    "bound" (Eq. 5).
     A generator is a torch.Generator, or a list of them with one for each image.
     Coefficients are computed in float64 and stored in dtype, as buffers that are not part of the state dict.
     Raises ValueError unless 0 < β_t < 1. Warns if √ᾱ_T > 0.05: x_T then still contains x_0, so that sampling from
     N(0, I) starts from the wrong distribution."""
 
-    def __init__(self, betas, variance="fixed_large", loss="simple", dtype=torch.float32):
+    def __init__(self, betas, variance="fixed_large", loss="simple", dtype=torch.float32, prediction="noise"):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.dim() != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f"betas must be one row of numbers strictly between 0 and 1, got {betas}")
+            got = f"shape {tuple(betas.shape)}"
+            if betas.numel():
+                got += f" and values in {betas.min():g}…{betas.max():g}"
+            raise ValueError(f"betas must be one row of numbers strictly between 0 and 1, got {got}")
         if variance not in ("fixed_large", "fixed_small", "learned_range"):
             raise ValueError(f"variance must be fixed_large, fixed_small or learned_range, got {variance!r}")
         if loss not in ("simple", "bound"):
             raise ValueError(f"loss must be simple or bound, got {loss!r}")
+        if prediction not in ("noise", "velocity"):
+            raise ValueError(f"prediction must be noise or velocity, got {prediction!r}")
         self.timesteps = len(betas)
         self.variance_type = variance
         self.loss_type = loss
+        self.prediction_type = prediction
 
         # α_t, ᾱ_t, ᾱ_{t−1} (which is 1 at paper t = 1) and β̃_t (Eq. 7).
         alphas = 1 - betas
@@ -164,7 +177,7 @@ class GaussianDiffusion(nn.Module):
     # -- Forward process --
     def q_sample(self, x_start, t, noise=None):
         """Sample x_t ~ q(x_t|x_0) in one step: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Eq. 4)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = noise_like(x_start, x_start.shape, noise=noise)
         self._check(x_start, t, noise)
         mean = extract(self.sqrt_alphas_cumprod, t, x_start) * x_start
         return mean + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
@@ -179,19 +192,22 @@ class GaussianDiffusion(nn.Module):
 
     # -- Training loss --
     def p_losses(self, model, x_start, t, noise=None):
-        """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14). A
-        learned variance adds 0.001 L_vlb without gradient through ε_θ: the bound trains v only (L_hybrid, Improved DDPM
-        Eq. 16). loss="bound" is L in bits/dim without the constant L_T (Eq. 5), whose terms for a fixed variance and
-        paper t > 1 are the squared error weighted as in Eq. 12, plus a constant. Both bounds are unbiased only if t is
-        drawn uniformly."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14). The
+        squared error of a velocity is 1/ᾱ_t times as large. A learned variance adds 0.001 L_vlb without gradient
+        through ε_θ: the bound trains v only (L_hybrid, Improved DDPM Eq. 16). loss="bound" is L in bits/dim without the
+        constant L_T (Eq. 5), whose terms for a fixed variance and paper t > 1 are the squared error weighted as in
+        Eq. 12, plus a constant. Both bounds are unbiased only if t is drawn uniformly."""
+        noise = noise_like(x_start, x_start.shape, noise=noise)
         x_t = self.q_sample(x_start, t, noise)
         predicted_noise, v = self._predict(model, x_t, t)
 
         if self.loss_type == "bound":
             bound, _ = self.bound_term(x_start, x_t, t, predicted_noise, v)
             return self.timesteps * bound.mean()
-        loss = (noise - predicted_noise).square().mean()  # Eq. 14
+        error = noise - predicted_noise
+        if self.prediction_type == "velocity":
+            error = error / extract(self.sqrt_alphas_cumprod, t, x_t)
+        loss = error.square().mean()  # Eq. 14
         if v is not None:
             bound, _ = self.bound_term(x_start, x_t, t, predicted_noise.detach(), v)
             loss = loss + 0.001 * self.timesteps * bound.mean()
@@ -244,6 +260,7 @@ class GaussianDiffusion(nn.Module):
     def p_sample_steps(self, model, x_t, t=None, clip_denoised=True, generator=None):
         """Algorithm 2 step by step, for progress bars and animations, from x_t at code t (default: T−1) to x_0."""
         start = self.timesteps - 1 if t is None else t
+        self._check(x_t, start)
         for t in range(start, -1, -1):
             x_t = self.p_sample(model, x_t, t, clip_denoised, generator=generator)
             yield x_t
@@ -382,7 +399,8 @@ class GaussianDiffusion(nn.Module):
         timesteps = self.ddim_timesteps(steps)[::-1]
         alphas_cumprod = torch.tensor([self._alpha_bar(t) for t in timesteps], dtype=torch.float64)
         betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-        diffusion = GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype)
+        types = (self.variance_type, self.loss_type, self.betas.dtype, self.prediction_type)
+        diffusion = GaussianDiffusion(betas, *types)
         original_t = torch.tensor(timesteps, device=self.betas.device)
         return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
 
@@ -437,14 +455,21 @@ class GaussianDiffusion(nn.Module):
     def _predict(self, model, x_t, t):
         """Returns ε_θ(x_t, t), and v (None if the variance is fixed), in x_t's dtype."""
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
-        prediction = model(x_t, t).to(x_t.dtype)
+        prediction = model(x_t, t)
+        if not torch.is_tensor(prediction):
+            raise ValueError(f"the model must return a tensor, got {type(prediction).__name__}")
+        prediction = prediction.to(x_t.dtype)
         channels = x_t.shape[1] * (2 if self.variance_type == "learned_range" else 1)
         if prediction.shape != (len(x_t), channels, *x_t.shape[2:]):
             inputs = f"with variance={self.variance_type} and x_t {tuple(x_t.shape)}"
             raise ValueError(f"{inputs} the model must return {channels} channels, got {tuple(prediction.shape)}")
+        v = None
         if self.variance_type == "learned_range":
-            return prediction.chunk(2, dim=1)
-        return prediction, None
+            prediction, v = prediction.chunk(2, dim=1)
+        if self.prediction_type == "velocity":  # ε = √ᾱ_t velocity + √(1−ᾱ_t) x_t
+            noise_part = extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
+            prediction = extract(self.sqrt_alphas_cumprod, t, x_t) * prediction + noise_part
+        return prediction, v
 
     def _check_steps(self, steps):
         if not 1 <= steps <= self.timesteps:
@@ -461,14 +486,17 @@ class GaussianDiffusion(nn.Module):
                 raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
             if not other.is_floating_point():
                 raise ValueError(f"noise and images must be floats, got {other.dtype}")
-        if not torch.is_tensor(t):
+        if isinstance(t, (int, np.integer)):
             in_range = 0 <= t < self.timesteps
+        elif not torch.is_tensor(t):
+            raise ValueError(f"t must be an int or int64 of shape ({len(x)},), got {t!r}")
         elif t.shape != x.shape[:1] or t.dtype != torch.int64:
             raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
         else:  # on a GPU, reading the values would force a synchronisation
             in_range = t.device.type != "cpu" or ((0 <= t) & (t < self.timesteps)).all()
         if not in_range:
-            raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {t}")
+            got = f"{t.min()}…{t.max()}" if torch.is_tensor(t) else t
+            raise ValueError(f"t must lie in 0…{self.timesteps - 1}, got {got}")
 
 
 def normal_kl(mean1, log_variance1, mean2, log_variance2):
@@ -505,6 +533,8 @@ def classifier_free_guidance(model, labels, scale):
     no_label = getattr(model, "num_classes", None)
     if not no_label:
         raise ValueError("guidance needs a model that was built with num_classes")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
     if not ((0 <= labels) & (labels <= no_label)).all():
         raise ValueError(f"labels must lie in 0…{no_label} ({no_label} is no label), got {labels.tolist()}")
 
@@ -661,6 +691,8 @@ class UNet(nn.Module):
             raise ValueError(f"image_size {image_size} can't be halved {self.halvings} times, {needed}")
         if dim < 4 or dim % 4:
             raise ValueError(f"dim must be a multiple of 4, got {dim}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         counts = [*dim_mults, image_channels, num_res_blocks]
         if num_classes is not None:
             counts.append(num_classes)
@@ -783,9 +815,9 @@ def train(config, checkpoint=None, watch=None):
 
             # Adam's step, and the EMA of the weights
             gradient_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
+            state.optimizer.param_groups[0]["lr"] = config.lr * learning_rate(config, step)
             state.optimizer.step()
             state.optimizer.zero_grad()
-            state.scheduler.step()
             ema_update(state.ema, state.model, step, config.ema_decay)
 
             # Log, checkpoint, samples
@@ -822,6 +854,9 @@ def prepare_training(config, checkpoint):
     if config.batch_size % world_size:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world_size} processes sharing it")
 
+    check_options(config)
+    check_folders(config)
+
     # Data, network, diffusion
     device = pick_device(config.device)
     check_memory(config, device)
@@ -833,13 +868,12 @@ def prepare_training(config, checkpoint):
         load_initial_weights(model, config)
     model = model.to(device, memory_format=torch.channels_last)
 
-    # The average of the weights, Adam, and its learning rate
+    # The average of the weights, and Adam
     ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate, config))
 
     # All of these from a checkpoint, if there is one
-    state = TrainingState(config, model, ema, optimizer, scheduler, classes, len(images), examples)
+    state = TrainingState(config, model, ema, optimizer, classes, len(images), examples)
     if checkpoint is not None:
         state.restore(checkpoint)
     return images, labels, num_classes, state, diffusion.to(device)
@@ -926,8 +960,10 @@ class Run:
         paper's)."""
         device = pick_device(device)
         model, shape = load_published(folder)
+        if model.image_channels not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, those of {folder} {model.image_channels}")
         settings = {**shape, **published_schedule(folder)}
-        out = out or f"runs/{Path(folder).resolve().name}"
+        out = out or f"runs/{resolve(folder).name}"
         config = preset("cifar10", **settings, bf16=bf16, compile=compile, out=out)
         return cls.ready(config, model, build_diffusion(config), device)
 
@@ -952,11 +988,13 @@ class Run:
             raise ValueError(f"sampler must be {', '.join(SAMPLERS[:-1])} or {SAMPLERS[-1]}, got {sampler!r}")
         if eta != 0 and sampler != "ddim":
             raise ValueError(f"eta is DDIM's, got {eta} with {sampler}")
+        if labels is not None and labels.shape != (count,):
+            raise ValueError(f"labels must have shape ({count},), got {tuple(labels.shape)}")
         if guidance != 0 and labels is None:
             raise ValueError(f"guidance needs labels, got {guidance} without")
 
         # x_T ~ N(0, I)
-        generators = [torch.Generator(self.device).manual_seed(seed + i) for i in range(count)]
+        generators = [torch.Generator(self.device).manual_seed(int(seed) + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
         x_t = noise_like(self.diffusion.betas, shape, generators)
 
@@ -998,7 +1036,8 @@ class Run:
         count = self.model.num_classes
         if str(label).isdecimal() and int(label) < count:
             return int(label)
-        known = f" or be one of {', '.join(names)}" if names and not names[0].isdecimal() else ""
+        words = [name for name in names if name and not name.isdecimal()]
+        known = f" or be one of {', '.join(words)}" if words else ""
         raise ValueError(f"--label must lie in 0…{count - 1}{known}, got {label}")
 
     def grid(self, step):
@@ -1019,8 +1058,10 @@ def sample(run, count, seed=0, **options):
     # Checks, and batches
     options = Sampling(**options)
     check_sampling(options, run)
-    if count < 1:
-        raise ValueError(f"--sample must be at least 1, got {count}")
+    count = operator.index(count)
+    seed = operator.index(seed)
+    if not 1 <= count <= 10**9:
+        raise ValueError(f"--sample must lie in 1…{10**9}, got {count}")
     out = Path(run.config.out)
     check_output(out, options.individual)
     batches = math.ceil(count / options.sampling_batch)
@@ -1037,25 +1078,26 @@ def sample(run, count, seed=0, **options):
     # Every process draws its share of the batches. A single one keeps what --individual has drawn when it is stopped.
     rank, world_size = rank_and_world_size()
     store = None
-    if options.individual and world_size == 1:
-        store = ImageStore(out, run, seed, options)
-    try:
-        drawn, frames = draw_batches(run, batches, size, labels, seed, options, store)
-    except KeyboardInterrupt:
-        if store is None:
-            raise
-        raise KeyboardInterrupt("interrupted; the same command goes on with what is not drawn yet") from None
-    if world_size > 1:
-        drawn = gather_batches(drawn)
+    with lock_folder(out, "sampling") if rank == 0 else contextlib.nullcontext():
+        if options.individual and world_size == 1:
+            store = ImageStore(out, run, seed, options)
+        try:
+            drawn, frames = draw_batches(run, batches, size, labels, seed, options, store)
+        except KeyboardInterrupt:
+            if store is None:
+                raise
+            raise KeyboardInterrupt("interrupted; the same command goes on with what is not drawn yet") from None
+        if world_size > 1:
+            drawn = gather_batches(drawn)
 
-    # Rank 0 writes
-    if rank > 0:
-        return []
-    pixels = torch.cat([drawn[i] for i in range(batches)])[:count]
-    paths = write_samples(out, pixels, columns, options.individual, frames)
-    if store is not None:
-        store.remove()
-    return paths
+        # Rank 0 writes
+        if rank > 0:
+            return []
+        pixels = torch.cat([drawn[i] for i in range(batches)])[:count]
+        paths = write_samples(out, pixels, columns, options.individual, frames)
+        if store is not None:
+            store.remove()
+        return paths
 
 
 def draw_batches(run, batches, size, labels, seed, options, store=None):
@@ -1170,6 +1212,9 @@ def load_data(name_or_folder, image_size=32, device="cpu", split=None):
 
 def read_data(name_or_folder, image_size, split=None):
     """The whole data set, as Data; of torchvision's, the training set or with split="test" the test set."""
+    name_or_folder = str(name_or_folder)
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
     if name_or_folder in TORCHVISION:
         return load_torchvision(name_or_folder, split)
     if name_or_folder == "digits":
@@ -1245,15 +1290,16 @@ def load_folder(folder, image_size):
         held_out[i] = zlib.crc32(path.read_bytes()) % 10 == 0
     if all((image == image[:1]).all() for image in images):
         images = images[:, :1].clone()  # all are grey
-    if held_out.all():
-        held_out[:] = False
 
     # The classes; an image that lies in the folder itself has the class "".
     names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes = sorted(set(names), key=natural_order)
+    labels = torch.tensor([classes.index(name) for name in names])
+    for label in range(len(classes)):  # of each, something is trained on
+        if held_out[labels == label].all():
+            held_out[labels == label] = False
     if len(classes) == 1:
         return Data(images, None, None, held_out, skipped)
-    labels = torch.tensor([classes.index(name) for name in names])
     return Data(images, labels, classes, held_out, skipped)
 
 
@@ -1267,17 +1313,18 @@ def find_files(folder, parents=()):
             continue
         if path.is_dir():
             yield from find_files(path, (*parents, real))
-        elif path.is_file():
+        elif path.is_file() or path.is_symlink():  # a link to nothing is named as one that can't be read
             yield path
 
 
 def is_run(folder):
-    """Whether a folder is that of a run: its log.csv begins as those of ddpm.py do."""
+    """Whether a folder is that of a run, whose log.csv begins as those of ddpm.py do, or one of samples."""
     log = folder / "log.csv"
+    start = b"step,loss,gradient_norm,"
     if not log.is_file():
-        return False
+        return (folder / ".sampling.lock").exists()
     with open(log, "rb") as file:
-        return file.read(10) == LOG_HEADER[:10].encode()
+        return file.read(len(start)) == start
 
 
 def natural_order(name):
@@ -1290,10 +1337,12 @@ def decode_image(path):
     """An image file as a PIL image with transparency, turned upright. Raises almost anything if it is damaged."""
     with Image.open(path) as file:
         if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
-            raise ValueError("its pixels have 32 bits; 8 or 16 are read")
+            raise ValueError("its pixels have 32 bits or a sign; 8 or 16 bits are read")
         image = file
         if file.mode.startswith("I"):  # 16-bit grey, which PIL would clip
-            image = file.convert("I").point(lambda value: value / 257).convert("L")
+            if "transparency" in file.info or getattr(file, "tag_v2", {}).get(262) == 0:
+                raise ValueError("it has 16 bits and a transparent colour, or 0 is white")
+            image = file.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
         return ImageOps.exif_transpose(image).convert("RGBA")
 
 
@@ -1412,7 +1461,7 @@ def convert_option(value, kind, name):
             return float(value)
         if kind is tuple and not isinstance(value, str):
             return tuple(operator.index(number) for number in value)
-        if kind is str and isinstance(value, (str, os.PathLike, int)):
+        if kind is str and isinstance(value, (str, os.PathLike, int, np.integer)):
             return str(value)
     except (TypeError, ValueError, OverflowError):
         raise wrong from None
@@ -1439,6 +1488,8 @@ def check_options(options, spell=str):
         if field.type not in (int, float, tuple) or value is None:
             continue
         for number in value if field.type is tuple else [value]:
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise ValueError(f"{name} must be below 2^63")
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be finite, got {number}")
             if high == math.inf and number < low:
@@ -1464,7 +1515,7 @@ class Config:
 
     # Labels
     conditional: bool = option(True, "learn the labels, if the data have them")
-    label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs", 0, 1)
+    label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs", 0, 0.99)
 
     # Diffusion
     timesteps: int = option(1000, "T, the number of steps of the forward process", 2, 100000)
@@ -1477,6 +1528,11 @@ class Config:
         "fixed_large",
         "σ_t² of the reverse process: β_t, β̃_t, or learned between the two",
         choices=("fixed_large", "fixed_small", "learned_range"),
+    )
+    prediction: str = option(
+        "noise",
+        "what the network predicts: ε, or the velocity √ᾱ_t ε − √(1−ᾱ_t) x_0",
+        choices=("noise", "velocity"),
     )
     loss: str = option("simple", "Eq. 14, or the bound of Eq. 5", choices=("simple", "bound"))
 
@@ -1511,7 +1567,9 @@ class Config:
         check_options(self)
         if not self.dim_mults:
             raise ValueError(f"dim_mults needs at least one level, got {self.dim_mults}")
-        self.out = self.out or f"runs/{Path(self.data).resolve().name}"
+        if not self.data:
+            raise ValueError("data must not be empty")
+        self.out = self.out or f"runs/{resolve(self.data).name}"
 
 
 @dataclasses.dataclass
@@ -1536,7 +1594,7 @@ class Sampling:
         None, "S, the number of steps, 1…T", shown="10 for dpm-solver, 50 for ddim, T for ddpm"
     )
     eta: float = option(0.0, "noise of ddim: 0 is deterministic, 1 has the noise of ddpm", 0, 1)
-    guidance: float = option(0.0, "weight of classifier-free guidance; 0 is none")
+    guidance: float = option(0.0, "weight of classifier-free guidance; 0 is none", -1000, 1000)
     label: str = option(None, "the class to draw, by name or number", shown="all in turn")
     unconditional: bool = option(False, "draw without labels")
     sampling_batch: int = option(64, "images drawn at once", 1)
@@ -1594,17 +1652,23 @@ GREY_28 = dict(
     sample_every=1000,
 )
 FOLDER = dict(
-    GREY_28,
     image_size=32,
-    dim=16,
-    dim_mults=(1, 2, 4, 8),
+    dim_mults=(1, 2, 4),
     attn_resolutions=(8,),
-    steps=4000,
-    sample_every=500,
+    schedule="cosine",
+    prediction="velocity",
+    steps=3600,
+    batch_size=32,
+    lr=2e-3,
+    warmup=200,
+    sample_every=900,
+    checkpoint_every=300,
 )
 GPU = dict(
     PAPER,
     conditional=True,
+    schedule="cosine",
+    prediction="velocity",
     flip=False,
     steps=50_000,
     warmup=500,
@@ -1616,6 +1680,8 @@ PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, f
 
 def preset(data, name=None, **changes):
     """The default Config of a data set, with overrides: that of PRESETS[name] (default: its own, or "folder")."""
+    if name not in (None, *PRESETS):
+        raise ValueError(f"the name must be one of {', '.join(PRESETS)}, got {name!r}")
     settings = dict(PRESETS[name or (data if data in DATA_SETS else "folder")], data=data)
     if data in DATA_SETS:  # whose images have one size
         settings["image_size"] = PRESETS[data].get("image_size", Config.image_size)
@@ -1637,7 +1703,7 @@ def build_diffusion(config):
     betas = cosine_beta_schedule(config.timesteps)
     if config.schedule == "linear":
         betas = linear_beta_schedule(config.timesteps, *linear_ends(config.timesteps))
-    return GaussianDiffusion(betas, config.variance, config.loss)
+    return GaussianDiffusion(betas, config.variance, config.loss, prediction=config.prediction)
 
 
 def linear_ends(timesteps):
@@ -1693,8 +1759,10 @@ def pick_device(name=None):
     # A device that is not there, or not supported by this torch, raises here.
     try:
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.zeros(1, device=device).tolist()
+    except Exception as error:  # a device without its library may raise almost anything
         raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
 
     # One GPU for this process, and TF32
@@ -1761,11 +1829,14 @@ def keep_freed_memory():
 
 def rank_and_world_size():
     """The number of this process and the number of processes, as set by torchrun. Raises ValueError for half of it."""
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= rank < world_size:
+    rank = os.environ.get("RANK")
+    world_size = os.environ.get("WORLD_SIZE")
+    if rank is None and world_size in (None, "1"):
+        return 0, 1
+    known = f"{rank}".isdecimal() and f"{world_size}".isdecimal()
+    if not known or not int(rank) < int(world_size):
         raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}: torchrun sets both, else unset both")
-    return rank, world_size
+    return int(rank), int(world_size)
 
 
 def share_between_processes(model, device):
@@ -1845,16 +1916,17 @@ def atomic_write(path, save):
 
 def write_folder(path, save):
     """Call save(folder) on an empty temporary folder, then rename it to path, replacing what is there."""
-    temporary = path.with_name(path.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # a name of its own for each writer
     temporary.mkdir(parents=True)
     try:
         save(temporary)
-    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except BaseException as error:
         shutil.rmtree(temporary)
+        if isinstance(error, Exception):  # safetensors has one of its own for a full disk
+            raise OSError(f"{path} can't be written ({in_one_line(error)})") from None
         raise
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
 
 
 def make_grid_image(pixels, columns=None):
@@ -1882,14 +1954,18 @@ def check_output(out, individual):
     if not os.access(out, os.W_OK):
         raise ValueError(f"samples can't be written to {out}: it is read-only")
 
-    # The folder individual
+    # The files, and the folder individual
+    for name in ("samples.png", "samples.gif"):
+        if (out / name).is_dir():
+            raise ValueError(f"{out / name} is a folder: move it away")
     folder = out / "individual"
     if individual and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise ValueError(f"{folder} is no folder: move it away")
     if individual and folder.is_dir():
-        others = [path.name for path in folder.iterdir() if not re.fullmatch(r"\d{5,}\.png", path.name)]
+        names = sorted(path.name for path in folder.iterdir())
+        others = set(names) - {f"{i:05}.png" for i in range(len(names))}
         if others:
-            raise ValueError(f"{folder} holds {others[0]}, which --sample did not write: move it away")
+            raise ValueError(f"{folder} holds {min(others)}, which --sample did not write: move it away")
 
 
 def write_samples(out, pixels, columns, individual, frames):
@@ -1935,27 +2011,29 @@ class ImageStore:
         weights = 0
         for weight in (run.diffusion.betas, *run.model.parameters()):
             weights = zlib.crc32(weight.detach().float().cpu().numpy().tobytes(), weights)
-        how = dataclasses.asdict(options)
-        for name in ("sampling_batch", "individual", "animate"):
+        how = {**dataclasses.asdict(run.config), **dataclasses.asdict(options)}
+        for name in ("out", "data", "device", "compile", "sampling_batch", "individual", "animate"):
             del how[name]
-        note = json.dumps({"weights": weights, "seed": seed, "bf16": run.config.bf16, **how})
+        note = json.dumps({**how, "weights": weights, "seed": seed}).encode()
 
         # The folder
         self.folder = out / ".drawn"
         path = self.folder / "drawn.json"
-        if not path.is_file() or path.read_text() != note:
+        if not path.is_file() or path.read_bytes() != note:
             self.remove()
             self.folder.mkdir()
-            path.write_text(note)
+            path.write_bytes(note)
 
     def path(self, start, count):
         """The file of so many images, the first of which is image start."""
         return self.folder / f"{start}-{count}.pt"
 
     def read(self, start, count):
-        """These images, uint8 (count, C, H, W), or None."""
-        path = self.path(start, count)
-        return torch.load(path, weights_only=True) if path.is_file() else None
+        """These images, uint8 (count, C, H, W), or None if they are not there or damaged."""
+        try:
+            return load_tensors(self.path(start, count))
+        except Exception:  # a damaged file may raise almost anything
+            return None
 
     def write(self, start, pixels):
         """Keep these images."""
@@ -1977,14 +2055,13 @@ class TrainingState:
     model: UNet
     ema: UNet
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
     classes: list  # the names of the labels, or None
     images: int  # the number of images trained on
     examples: list = ()  # for TrainingLog.compare; not in the checkpoint
     step: int = 0
 
     def parts(self):
-        return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
 
     def restore(self, checkpoint):
         """Load a checkpoint. Raises ValueError if it is of other data, or has all its steps already."""
@@ -1992,8 +2069,9 @@ class TrainingState:
         classes = checkpoint["num_classes"]
         step = checkpoint["step"]
         if classes != self.model.num_classes:
-            raise ValueError(f"{config.data} has {self.model.num_classes} classes, the run in {config.out} {classes}")
-        if checkpoint.get("classes", self.classes) != self.classes:
+            counts = f"{self.model.num_classes or 'no'} classes, the run in {config.out} {classes or 'none'}"
+            raise ValueError(f"{config.data} has {counts}")
+        if checkpoint["classes"] not in (None, self.classes):
             raise ValueError(f"{config.data} has other classes than the run in {config.out}: {checkpoint['classes']}")
         if checkpoint["image_channels"] != self.model.image_channels:
             before = checkpoint["image_channels"]
@@ -2002,19 +2080,26 @@ class TrainingState:
             )
         if step >= config.steps:
             raise ValueError(f"{config.out} has its {step:,} steps already: use --steps N with a larger N")
-        for name, part in self.parts().items():
-            try:
-                part.load_state_dict(checkpoint[name])
-            except Exception as error:  # a damaged state may raise almost anything
-                reason = f"its part {name} can't be restored ({in_one_line(error)})"
-                raise ValueError(f"{config.out}/checkpoint.pt: {reason}") from None
+        self.model.load_state_dict(checkpoint["model"])
+        self.ema.load_state_dict(checkpoint["ema"])
+        try:
+            self.restore_optimizer(checkpoint["optimizer"]["state"])
+        except Exception as error:  # a damaged state may raise almost anything
+            reason = f"its part optimizer can't be restored ({in_one_line(error)})"
+            raise ValueError(f"{config.out}/checkpoint.pt: {reason}") from None
         rank, _ = rank_and_world_size()
-        if rank == 0 and checkpoint.get("images", self.images) != self.images:
+        if rank == 0 and checkpoint["images"] not in (None, self.images):
             print(f"{config.data} has {self.images:,} images to train on; it had {checkpoint['images']:,}")
         self.step = step
 
-        # The checkpoint's rate is that of its own number of steps, which --steps may have changed.
-        self.optimizer.param_groups[0]["lr"] = config.lr * learning_rate(config, step)
+    def restore_optimizer(self, state):
+        """Load Adam's moments. Raises almost anything if they do not fit the weights."""
+        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=copy.deepcopy(state)))
+        for weight in self.model.parameters():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = self.optimizer.state[weight][name]
+                if moment.shape != weight.shape or not moment.is_floating_point():
+                    raise ValueError(f"{name} is {moment.dtype} of shape {tuple(moment.shape)}")
 
     def save(self, step):
         """Write checkpoint.pt."""
@@ -2029,18 +2114,12 @@ class TrainingState:
 
 
 def read_checkpoint(out, device="cpu"):
-    """The checkpoint in a run's folder, read without running code that it may contain (weights_only)."""
+    """The checkpoint in a run's folder."""
     path = Path(out) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: --out names the folder of a run; python ddpm.py --train makes one")
     try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = load_tensors(path, device)
         check_checkpoint(checkpoint, out)
     except Exception as error:  # a malformed file may raise almost anything
         reason = in_one_line(f"{type(error).__name__}: {error}")
@@ -2048,53 +2127,97 @@ def read_checkpoint(out, device="cpu"):
     return checkpoint
 
 
+def load_tensors(path, device="cpu"):
+    """What torch.save wrote, read without running code that it may contain (weights_only). Raises almost anything if
+    it is damaged; a changed bit shows in the checksums of the zip file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location=device, weights_only=True)
+
+
 def check_checkpoint(checkpoint, out):
     """Turn the settings of a checkpoint into a Config. Raises almost anything if a part is missing, has another type,
     or does not fit the network of that Config."""
     # Settings and numbers
     checkpoint["config"] = Config(**dict(checkpoint["config"], out=str(out)))
-    for name in ("step", "image_channels", "num_classes"):
+    checkpoint.setdefault("images", None)
+    checkpoint.setdefault("classes", None)
+    for name in ("step", "image_channels", "num_classes", "images"):
         value = checkpoint[name]
-        unlabelled = name == "num_classes" and value is None
-        if not unlabelled and (type(value) is not int or value < 1):
+        absent = name in ("num_classes", "images") and value is None
+        if not absent and (type(value) is not int or value < 1):
             raise ValueError(f"{name} is {value!r}")
+    classes = checkpoint["classes"]
+    if classes is not None and [type(name) for name in classes] != [str] * (checkpoint["num_classes"] or 0):
+        raise ValueError(f"classes is {classes!r}")
     # Names and shapes of the weights, against those of a network without values
     with torch.device("meta"):
         network = build_network(checkpoint["config"], checkpoint["image_channels"], checkpoint["num_classes"])
     wanted = {name: weight.shape for name, weight in network.state_dict().items()}
     for part in ("model", "ema"):
-        found = {name: weight.shape for name, weight in checkpoint[part].items() if weight.is_floating_point()}
+        found = {name: weight.shape for name, weight in checkpoint[part].items()}
         differing = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
         if differing:
             name = differing[0]
             raise ValueError(f"{part}: {name} is {found.get(name)}, not {wanted.get(name)}")
     # The optimizer's state is checked when it is restored.
-    for name in ("optimizer", "scheduler"):
-        if not isinstance(checkpoint[name], dict):
-            raise ValueError(f"{name} is {checkpoint[name]!r}")
+    if not isinstance(checkpoint["optimizer"], dict):
+        raise ValueError(f"optimizer is {checkpoint['optimizer']!r}")
 
 
 def averaged_network(checkpoint):
-    """The network of a checkpoint, with the averaged weights."""
+    """The network of a checkpoint, with the averaged weights. Raises ValueError if they are not finite."""
     network = build_network(checkpoint["config"], checkpoint["image_channels"], checkpoint["num_classes"])
     network.load_state_dict(checkpoint["ema"])
+    check_finite(network, checkpoint["config"].out)
     return network.eval()
 
 
+def check_finite(network, source):
+    """Raise ValueError for weights that are infinite or no number."""
+    if not all(weight.isfinite().all() for weight in network.parameters()):
+        raise ValueError(f"the weights in {source} are not finite")
+
+
 @contextlib.contextmanager
-def lock_folder(out):
-    """Context manager that keeps other trainings out of a run's folder; the lock ends with the process. It lies beside
-    the folder, as .NAME.lock. Raises ValueError if another training holds it."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is no folder: --out names the folder of a run")
-    real = out.resolve()
+def lock_folder(out, use="training"):
+    """Context manager that keeps others out of a run's folder while it is trained in, or while samples are drawn into
+    it; the lock ends with the process. That of a training lies beside the folder, which may be renamed, as .NAME.lock,
+    if that place can be written to. Raises ValueError if another process holds it."""
+    real = resolve(out)
+    if not real.name or (out.exists() and not out.is_dir()):
+        raise ValueError(f"{out} is no folder for a run: --out names one")
     path = real.with_name(f".{real.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if use == "sampling" or (real.is_dir() and not os.access(path.parent, os.W_OK)):
+        path = real / f".{use}.lock"
     try:
         with FileLock(path, timeout=0):
             yield
     except Timeout:
-        raise ValueError(f"another training is running in {out}: --out names another folder") from None
+        raise ValueError(f"another {use} is running in {out}: --out names another folder") from None
+
+
+def resolve(path):
+    """An absolute path without links; of a link that leads to itself, its own."""
+    return Path(os.path.realpath(path))
+
+
+def check_folders(config):
+    """Raise ValueError if what a training reads lies in its run's folder, which a later run renames."""
+    out = resolve(config.out)
+    for name in ("data", "weights"):
+        given = getattr(config, name)
+        if given in DATA_SETS or given is None:
+            continue
+        folder = resolve(given)
+        if out in (folder, *folder.parents):
+            raise ValueError(f"{name} {given} lies in out, the run's folder {config.out}: --out names another one")
 
 
 LOG_HEADER = "step,loss,gradient_norm,learning_rate,images_per_second,ema_loss,ema_loss_held_out\n"
@@ -2111,8 +2234,11 @@ def start_folder(out, first_step):
         foreign = [name for name in ("log.csv", "checkpoint.pt") if (out / name).exists() and not is_run(out)]
         if foreign:
             raise ValueError(f"{out}/{foreign[0]} is not that of a run: --out names another folder")
+        here = resolve(".")
+        if (out / "checkpoint.pt").exists() and resolve(out) in (here, *here.parents):
+            raise ValueError(f"the run in {out} can't be renamed from inside: --out names another folder")
         if (out / "checkpoint.pt").exists():
-            print(f"the earlier run in {out} is now {rename_folder(out)}")
+            print(f"the earlier run in {out} is now {os.path.relpath(rename_folder(out))}")
 
     # The folder, and log.csv in it
     out.mkdir(parents=True, exist_ok=True)
@@ -2122,8 +2248,7 @@ def start_folder(out, first_step):
 def rename_folder(folder):
     """Rename a folder to NAME-1, NAME-2, … and make a new one; of a link, the target. A mounted disk can't be renamed:
     there the files of the run are moved into a folder of that name on it. Returns the new path."""
-    if folder.is_symlink():
-        folder = folder.resolve()
+    folder = resolve(folder)
     n = 1
     while folder.with_name(f"{folder.name}-{n}").exists() or (folder / f"{folder.name}-{n}").exists():
         n += 1
@@ -2355,6 +2480,10 @@ DEFAULT_FIELDS = dict(
     time_embedding_type="positional",
     upsample_type="conv",
 )
+# Fields of scheduler_config.json that have one value here, diffusers' default.
+FIXED_SCHEDULE = dict(clip_sample=True, clip_sample_range=1.0, rescale_betas_zero_snr=False, thresholding=False)
+# Config's names of what a network predicts, and diffusers'.
+PREDICTION_TYPES = dict(noise="epsilon", velocity="v_prediction")
 
 
 def describe_network(network, image_size):
@@ -2408,8 +2537,9 @@ def load_published(folder):
 
             weights = load_file(file.with_suffix(".safetensors"))
         else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+            weights = load_tensors(file)
         network.load_state_dict({current_name(name): weight for name, weight in weights.items()})
+        check_finite(network, file.name)
     except ImportError:
         raise ValueError(f"{folder} holds .safetensors, which need that package: pip install safetensors") from None
     except Exception as error:  # a malformed file may raise almost anything
@@ -2465,32 +2595,42 @@ def load_initial_weights(model, config):
         raise ValueError(f"{config.data} has {model.image_channels} channels, {config.weights} {start.image_channels}")
     if config.variance == "learned_range":
         raise ValueError(f"variance can't be learned_range with --weights: {config.weights} has no output for v")
+    prediction = published_schedule(config.weights).get("prediction", "noise")
+    if config.prediction != prediction:
+        raise ValueError(f"prediction must be {prediction}, as of {config.weights}, got {config.prediction}")
     model.load_state_dict(start.state_dict())
 
 
 def published_schedule(folder):
-    """Config's timesteps, schedule and variance for the scheduler_config.json of a published folder; none without it.
+    """Config's settings of the diffusion for the scheduler_config.json of a published folder; none without it.
     Raises ValueError if it is none that a Config can describe."""
     path = Path(folder) / "scheduler_config.json"
     if not path.is_file():
         return {}
     try:
-        # Its betas
+        # Its betas, and what the network predicts
         scheduler = json.loads(path.read_text())
         timesteps = scheduler["num_train_timesteps"]
         betas = scheduler.get("trained_betas")
-        if betas is None and scheduler["beta_schedule"] == "linear":
+        if betas is None:
+            if scheduler.get("beta_schedule") != "linear":
+                raise ValueError(f"beta_schedule can't be {scheduler.get('beta_schedule')!r}")
             betas = linear_beta_schedule(timesteps, scheduler["beta_start"], scheduler["beta_end"])
         betas = torch.as_tensor(betas, dtype=torch.float32)
-        if scheduler.get("prediction_type", "epsilon") != "epsilon":
-            raise ValueError(f"prediction_type can't be {scheduler['prediction_type']!r}")
+        for name, value in FIXED_SCHEDULE.items():
+            if scheduler.get(name, value) != value:
+                raise ValueError(f"{name} can't be {scheduler[name]!r}")
+        published = scheduler.get("prediction_type", "epsilon")
+        if published not in PREDICTION_TYPES.values():
+            raise ValueError(f"prediction_type can't be {published!r}")
+        prediction = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}[published]
 
         # The schedule that has these betas
         variance = scheduler.get("variance_type", "fixed_small")
         for schedule in ("linear", "cosine"):
             config = Config(timesteps=timesteps, schedule=schedule, variance=variance)
             if torch.allclose(build_diffusion(config).betas, betas, rtol=1e-5, atol=0):
-                return dict(timesteps=timesteps, schedule=schedule, variance=variance)
+                return dict(timesteps=timesteps, schedule=schedule, variance=variance, prediction=prediction)
         raise ValueError("its betas are neither the linear nor the cosine schedule")
     except Exception as error:  # a malformed file may raise almost anything
         raise ValueError(f"{path} is no schedule that fits here: {in_one_line(error)}") from None
@@ -2528,7 +2668,7 @@ def export(checkpoint, folder):
         except ImportError:
             torch.save(weights, folder / "diffusion_pytorch_model.bin")
 
-    write_folder(folder.resolve(), save)
+    write_folder(resolve(folder), save)
 
 
 def describe_schedule(config):
@@ -2544,7 +2684,7 @@ def describe_schedule(config):
         beta_end=end,
         trained_betas=trained_betas,
         variance_type=config.variance,
-        prediction_type="epsilon",
+        prediction_type=PREDICTION_TYPES[config.prediction],
         clip_sample=True,
         timestep_spacing="trailing",
         set_alpha_to_one=True,
@@ -2691,7 +2831,7 @@ def parse(arguments):
     """Returns the mode of a command line, and a dict of what was given. Exits for --help, an unknown flag, and a flag
     that the mode does not take."""
     if "--help" in arguments or "-h" in arguments:
-        print(help_text(arguments), end="")
+        print(help_text(arguments), end="", flush=True)
         sys.exit(0)
 
     # What is given, of all modes' flags
@@ -2739,6 +2879,12 @@ def find_run(given):
     return str(checkpoints[-1].parent)
 
 
+def check_named(config, given):
+    """Raise ValueError if --data alone named a run, and that is a run of other data."""
+    if "data" in given and "out" not in given and resolve(given["data"]) != resolve(config.data):
+        raise ValueError(f"the run in {config.out} is one of {config.data}, not {given['data']}: --out names a run")
+
+
 def refuse_two_runs(given):
     """--sample and --export need no data, so that --data could only name another run than --out."""
     if "out" in given and "data" in given:
@@ -2756,6 +2902,7 @@ def run_train(given):
     # --resume
     if "resume" in given:
         checkpoint = read_checkpoint(find_run(given))
+        check_named(checkpoint["config"], given)
         config = dataclasses.replace(checkpoint["config"], **settings)
         out = train(config, checkpoint)
 
@@ -2786,6 +2933,7 @@ def run_sample(given):
         raise ValueError(f"--eta {given['eta']} is DDIM's: it goes with --sampler ddim only")
     if "weights" not in given:
         run = Run.read(find_run(given), **given_machine(given))
+        check_named(run.config, given)
     elif "data" in given:
         raise ValueError("--data does not go with --weights, which are no run of a data set")
     else:
@@ -2798,6 +2946,7 @@ def run_sample(given):
 def run_evaluate(given):
     """--evaluate."""
     run = Run.read(find_run(given), **given_machine(given))
+    check_named(run.config, given)
     if "data" in given:
         run.config = dataclasses.replace(run.config, data=given["data"])
     evaluate(run, given["evaluate"], given.get("seed", 0))
@@ -2807,6 +2956,7 @@ def run_export(given):
     """--export."""
     refuse_two_runs(given)
     checkpoint = read_checkpoint(find_run(given))
+    check_named(checkpoint["config"], given)
     export(checkpoint, given["export"])
     print(f"diffusers.UNet2DModel.from_pretrained({given['export']!r}) loads it")
     if checkpoint["config"].variance == "learned_range":
@@ -2815,9 +2965,11 @@ def run_export(given):
 
 def main(arguments=None):
     """Run the command line. User errors end with one line and exit status 2, interruptions with status 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that has no β prints ? in its place
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # a terminal that has no β prints ? in its place
     try:
         mode, given = parse(sys.argv[1:] if arguments is None else arguments)
         keep_freed_memory()
@@ -2825,18 +2977,20 @@ def main(arguments=None):
             raise ValueError(f"--seed must lie in 0…{2**32 - 1}, got {given['seed']}")
         if mode == "sample":
             run_sample(given)
+        elif mode in ("train", "train --resume"):
+            run_train(given)
+        elif rank_and_world_size()[0] > 0:  # under torchrun, one process does the rest
+            return
         elif mode == "evaluate":
             run_evaluate(given)
-        elif mode == "export":
-            run_export(given)
         else:
-            run_train(given)
+            run_export(given)
         sys.stdout.flush()
         return
     except BrokenPipeError:  # whoever read the output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         status = 2
         line = f"error: {error}"
     except KeyboardInterrupt as interruption:
@@ -2854,7 +3008,7 @@ def main(arguments=None):
         status = 2
         less = "a smaller --batch-size, --sampling-batch or --image-size needs less"
         line = f"error: not enough memory ({in_one_line(error) or 'MemoryError'}); {less}"
-    print(f"ddpm.py: {line}", file=sys.stderr)
+    print(f"ddpm.py: {' '.join(line.splitlines())}", file=sys.stderr)
     sys.exit(status)
 
 
