@@ -125,9 +125,9 @@ def short_runs(settings, **changes):
 
 
 def read_log(out, column):
-    """The steps and one column of log.csv in the folder of a run, as two lists."""
+    """The steps and one column of log.csv in the folder of a run, as two lists; without the rows where it is empty."""
     with open(Path(out) / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row[column]]
     steps = [int(row["step"]) for row in rows]
     values = [float(row[column]) for row in rows]
     return steps, values
@@ -674,8 +674,10 @@ def nearest(images, others, count):
 def memory(settings):
     """Samples and the training images nearest to them, which would be equal if the network drew from memory.
 
-    Each row is a sample and its five nearest training images. The table compares as many samples as images are held
-    out: how far each is from the nearest training image. Held-out images show how far new images are."""
+    Each row on the left is a sample and its five nearest training images. On the right is the loss of the averaged
+    weights on training images and on held-out ones, as in log.csv. The table compares as many samples as images are
+    held out: how far each is from the nearest training image. Held-out images show how far new images are."""
+    figure, axes = make_figure(2, 8, 4.4, width_ratios=(3, 2))
     run = base_run(settings)
     train = load_images(settings, "train")
     held_out = load_images(settings, "test")
@@ -692,7 +694,13 @@ def memory(settings):
 
     _, which = nearest(samples[:10], train, 5)
     rows = [torch.cat([sample[None], train[row]]) for sample, row in zip(samples[:10], which, strict=True)]
-    return ddpm.make_grid_image(torch.cat(rows), 6)
+    axes[0].imshow(ddpm.make_grid_image(torch.cat(rows), 6), cmap="gray")
+    axes[0].axis("off")
+    for column, name in (("ema_loss", "training images"), ("ema_loss_held_out", "held-out images")):
+        axes[1].plot(*read_log(run.config.out, column), "o-", label=name)
+    axes[1].set(xlabel="step", title="loss of the averaged weights")
+    axes[1].legend()
+    return figure
 
 
 # ---- DDIM's tables and figures ---------------------------------------------------------------------------------------

@@ -125,6 +125,7 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas, variance="fixed_large", loss="simple", dtype=torch.float32, prediction="noise"):
         super().__init__()
+        # Checks
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if betas.dim() != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             got = f"shape {tuple(betas.shape)}"
@@ -530,6 +531,7 @@ def classifier_free_guidance(model, labels, scale):
     labels is int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; with and without labels run as
     one batch. w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. A learned variance is
     that predicted with labels. Raises ValueError if the model has no classes or a label is out of range."""
+    # Checks
     no_label = getattr(model, "num_classes", None)
     if not no_label:
         raise ValueError("guidance needs a model that was built with num_classes")
@@ -541,6 +543,7 @@ def classifier_free_guidance(model, labels, scale):
     def guided(x_t, t):
         if scale == 0:
             return model(x_t, t, labels)
+        # With labels and without, as one batch
         both_labels = torch.cat([labels, torch.full_like(labels, no_label)])
         both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both_labels)
         conditional, unconditional = both.chunk(2)
@@ -686,6 +689,7 @@ class UNet(nn.Module):
         self.image_channels = image_channels
         self.num_classes = num_classes
         self.halvings = len(dim_mults) - 1
+        # Checks
         if image_size < 1 or image_size % 2**self.halvings:
             needed = f"as dim_mults {tuple(dim_mults)} needs: it must be a multiple of {2**self.halvings}"
             raise ValueError(f"image_size {image_size} can't be halved {self.halvings} times, {needed}")
@@ -749,6 +753,7 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(channels, image_channels * (2 if learned_variance else 1), 3, padding=1))
 
     def forward(self, x, t, y=None):
+        # Checks
         multiple = 2**self.halvings
         if x.dim() != 4 or x.shape[1] != self.image_channels or any(n % multiple for n in x.shape[2:]):
             needed = f"(B, {self.image_channels}, H, W), H and W multiples of {multiple}"
@@ -1109,12 +1114,14 @@ def draw_batches(run, batches, size, labels, seed, options, store=None):
     drawn = {}
     frames = []
     for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar):
+        # Drawn by an earlier call that was stopped
         stored = None
         if store is not None and not (options.animate and i == 0):
             stored = store.read(i * size, size)
         if stored is not None:
             drawn[i] = stored
             continue
+        # Drawn now
         batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
         trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling") + i * size, **how)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
@@ -1950,6 +1957,7 @@ def make_grid_image(pixels, columns=None):
 def check_output(out, individual):
     """Make the folder for samples. Raises ValueError if it can't be written to, or if its folder individual, which is
     replaced, holds other files than the images of an earlier call."""
+    # The folder itself
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise ValueError(f"samples can't be written to {out}: it is read-only")
@@ -2065,6 +2073,7 @@ class TrainingState:
 
     def restore(self, checkpoint):
         """Load a checkpoint. Raises ValueError if it is of other data, or has all its steps already."""
+        # Is it of this data, and are there steps to go?
         config = self.config
         classes = checkpoint["num_classes"]
         step = checkpoint["step"]
@@ -2080,6 +2089,8 @@ class TrainingState:
             )
         if step >= config.steps:
             raise ValueError(f"{config.out} has its {step:,} steps already: use --steps N with a larger N")
+
+        # Its parts
         self.model.load_state_dict(checkpoint["model"])
         self.ema.load_state_dict(checkpoint["ema"])
         try:
@@ -2189,6 +2200,7 @@ def lock_folder(out, use="training"):
     """Context manager that keeps others out of a run's folder while it is trained in, or while samples are drawn into
     it; the lock ends with the process. That of a training lies beside the folder, which may be renamed, as .NAME.lock,
     if that place can be written to. Raises ValueError if another process holds it."""
+    # The lock's place
     real = resolve(out)
     if not real.name or (out.exists() and not out.is_dir()):
         raise ValueError(f"{out} is no folder for a run: --out names one")
@@ -2196,6 +2208,8 @@ def lock_folder(out, use="training"):
     path.parent.mkdir(parents=True, exist_ok=True)
     if use == "sampling" or (real.is_dir() and not os.access(path.parent, os.W_OK)):
         path = real / f".{use}.lock"
+
+    # Held until the caller is done
     try:
         with FileLock(path, timeout=0):
             yield
@@ -2291,11 +2305,14 @@ def announce(config, state, images):
 def check_memory(config, device):
     """Raise ValueError if a training step surely needs more memory than there is. (A system that runs out of memory may
     end the process without a word.)"""
-    # Each residual block, of which a level has 2n + 1, keeps at least four of its layers' inputs, of two bytes a number
+    # Each residual block, of which a level has 2n + 1, keeps the inputs of its six layers; of four if it is compiled
+    with autocast(config, device):
+        number = 2 if torch.is_autocast_enabled(device.type) else 4  # bytes
+    kept = 6 if device.type == "cpu" and not config.compile else 4
     needed = 0
     for size, mult in zip(level_sizes(config), config.dim_mults, strict=True):
         blocks = 2 * config.num_res_blocks + 1
-        needed += config.batch_size * blocks * 4 * mult * config.dim * size**2 * 2
+        needed += config.batch_size * blocks * kept * mult * config.dim * size**2 * number
     if device.type == "cuda":  # a GPU for each process
         _, world_size = rank_and_world_size()
         needed /= world_size
@@ -2965,11 +2982,14 @@ def run_export(given):
 
 def main(arguments=None):
     """Run the command line. User errors end with one line and exit status 2, interruptions with status 130."""
+    # A place to print to
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
         if hasattr(getattr(sys, name), "reconfigure"):
             getattr(sys, name).reconfigure(errors="replace")  # a terminal that has no β prints ? in its place
+
+    # The mode, or the line that says what is wrong
     try:
         mode, given = parse(sys.argv[1:] if arguments is None else arguments)
         keep_freed_memory()
