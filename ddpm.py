@@ -110,10 +110,10 @@ def last(iterable):
 class GaussianDiffusion(nn.Module):
     """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1) and the losses between them, for given betas (T,).
 
-    A model is any callable model(x_t, t) that returns ε_θ, shaped like x_t; it receives t as int64 (B,). With a learned
-    variance it returns ε_θ and v, concatenated along the channels.
-    prediction is what it returns: "noise" is ε_θ; "velocity" is √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho, 2022, §4),
-    whose errors x̂_0 does not magnify by 1/√ᾱ_t: better for few steps and short trainings.
+    A model is any callable model(x_t, t) that returns its prediction, shaped like x_t; it receives t as int64 (B,).
+    With a learned variance it returns the prediction and v, concatenated along the channels.
+    prediction is "noise" for ε_θ, or "velocity" for √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho, 2022, §4). An error of ε_θ is
+    multiplied by √(1−ᾱ_t)/√ᾱ_t in x̂_0, that of a velocity by √(1−ᾱ_t) only, which helps after short training.
     variance is σ_t² of p_θ (§3.2): "fixed_large" is β_t, optimal if x_0 ~ N(0, I); "fixed_small" is β̃_t, optimal if
     x_0 is a single point; "learned_range" interpolates between their logarithms with v (Improved DDPM Eq. 15).
     loss is "simple" (Eq. 14, for what the model returns; with a learned variance L_hybrid, Improved DDPM Eq. 16) or
@@ -178,7 +178,7 @@ class GaussianDiffusion(nn.Module):
     # -- Forward process --
     def q_sample(self, x_start, t, noise=None):
         """Sample x_t ~ q(x_t|x_0) in one step: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Eq. 4)."""
-        noise = noise_like(x_start, x_start.shape, noise=noise)
+        noise = noise_like(x_start, x_start.shape) if noise is None else noise
         self._check(x_start, t, noise)
         mean = extract(self.sqrt_alphas_cumprod, t, x_start) * x_start
         return mean + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
@@ -198,7 +198,7 @@ class GaussianDiffusion(nn.Module):
         through ε_θ: the bound trains v only (L_hybrid, Improved DDPM Eq. 16). loss="bound" is L in bits/dim without the
         constant L_T (Eq. 5), whose terms for a fixed variance and paper t > 1 are the squared error weighted as in
         Eq. 12, plus a constant. Both bounds are unbiased only if t is drawn uniformly."""
-        noise = noise_like(x_start, x_start.shape, noise=noise)
+        noise = noise_like(x_start, x_start.shape) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         predicted_noise, v = self._predict(model, x_t, t)
 
@@ -400,8 +400,7 @@ class GaussianDiffusion(nn.Module):
         timesteps = self.ddim_timesteps(steps)[::-1]
         alphas_cumprod = torch.tensor([self._alpha_bar(t) for t in timesteps], dtype=torch.float64)
         betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-        types = (self.variance_type, self.loss_type, self.betas.dtype, self.prediction_type)
-        diffusion = GaussianDiffusion(betas, *types)
+        diffusion = GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype, self.prediction_type)
         original_t = torch.tensor(timesteps, device=self.betas.device)
         return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
 
@@ -468,6 +467,8 @@ class GaussianDiffusion(nn.Module):
         if self.variance_type == "learned_range":
             prediction, v = prediction.chunk(2, dim=1)
         if self.prediction_type == "velocity":  # ε = √ᾱ_t velocity + √(1−ᾱ_t) x_t
+            if x_t.dtype in (torch.float16, torch.bfloat16):  # Eq. 15 would magnify the rounding of this sum
+                raise ValueError(f"a velocity needs x_t in float32 or float64, got {x_t.dtype}")
             noise_part = extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
             prediction = extract(self.sqrt_alphas_cumprod, t, x_t) * prediction + noise_part
         return prediction, v
@@ -860,7 +861,8 @@ def prepare_training(config, checkpoint):
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world_size} processes sharing it")
 
     check_options(config)
-    check_folders(config)
+    if checkpoint is None:
+        check_new_run(config)
 
     # Data, network, diffusion
     device = pick_device(config.device)
@@ -957,7 +959,7 @@ class Run:
         checkpoint = read_checkpoint(out)
         config = dataclasses.replace(checkpoint["config"], bf16=bf16, compile=compile)
         network = averaged_network(checkpoint)
-        return cls.ready(config, network, build_diffusion(config), device, checkpoint.get("classes"))
+        return cls.ready(config, network, build_diffusion(config), device, checkpoint["classes"])
 
     @classmethod
     def of_weights(cls, folder, out=None, device=None, bf16=None, compile=None):
@@ -966,7 +968,7 @@ class Run:
         device = pick_device(device)
         model, shape = load_published(folder)
         if model.image_channels not in (1, 3):
-            raise ValueError(f"images have 1 or 3 channels, those of {folder} {model.image_channels}")
+            raise ValueError(f"{folder} has {model.image_channels} channels; images have 1 or 3")
         settings = {**shape, **published_schedule(folder)}
         out = out or f"runs/{resolve(folder).name}"
         config = preset("cifar10", **settings, bf16=bf16, compile=compile, out=out)
@@ -1091,7 +1093,7 @@ def sample(run, count, seed=0, **options):
         except KeyboardInterrupt:
             if store is None:
                 raise
-            raise KeyboardInterrupt("interrupted; the same command goes on with what is not drawn yet") from None
+            raise KeyboardInterrupt("interrupted; repeat the command to draw the remaining images") from None
         if world_size > 1:
             drawn = gather_batches(drawn)
 
@@ -1128,7 +1130,7 @@ def draw_batches(run, batches, size, labels, seed, options, store=None):
             if options.animate and i == 0:
                 frames.append(to_pixels(x_t).cpu())
         if not x_t.isfinite().all():
-            raise ValueError(f"the samples are not finite: the weights in {run.config.out} are not")
+            raise ValueError("the samples are not finite")
         drawn[i] = to_pixels(x_t).cpu()
         if store is not None:
             store.write(i * size, drawn[i])
@@ -1302,7 +1304,7 @@ def load_folder(folder, image_size):
     names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes = sorted(set(names), key=natural_order)
     labels = torch.tensor([classes.index(name) for name in names])
-    for label in range(len(classes)):  # of each, something is trained on
+    for label in range(len(classes)):  # a class is never held out as a whole
         if held_out[labels == label].all():
             held_out[labels == label] = False
     if len(classes) == 1:
@@ -1310,10 +1312,14 @@ def load_folder(folder, image_size):
     return Data(images, labels, classes, held_out, skipped)
 
 
+SAMPLES_MARK = ".samples"  # a file of this name marks a folder into which samples were written
+
+
 def find_files(folder, parents=()):
-    """The files below a folder in natural order, links followed. Hidden ones and the folders of runs are left out."""
+    """The files below a folder in natural order, links followed. Hidden ones, runs, and subfolders of samples are left
+    out."""
     real = folder.resolve()
-    if real in parents or is_run(folder):
+    if real in parents or is_run(folder) or (parents and (folder / SAMPLES_MARK).exists()):
         return
     for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
         if path.name.startswith("."):
@@ -1325,11 +1331,11 @@ def find_files(folder, parents=()):
 
 
 def is_run(folder):
-    """Whether a folder is that of a run, whose log.csv begins as those of ddpm.py do, or one of samples."""
+    """Whether a folder is that of a run: its log.csv begins as those of ddpm.py do."""
     log = folder / "log.csv"
     start = b"step,loss,gradient_norm,"
     if not log.is_file():
-        return (folder / ".sampling.lock").exists()
+        return False
     with open(log, "rb") as file:
         return file.read(len(start)) == start
 
@@ -1347,8 +1353,10 @@ def decode_image(path):
             raise ValueError("its pixels have 32 bits or a sign; 8 or 16 bits are read")
         image = file
         if file.mode.startswith("I"):  # 16-bit grey, which PIL would clip
-            if "transparency" in file.info or getattr(file, "tag_v2", {}).get(262) == 0:
-                raise ValueError("it has 16 bits and a transparent colour, or 0 is white")
+            if "transparency" in file.info:
+                raise ValueError("16-bit images with a transparent colour are not supported")
+            if getattr(file, "tag_v2", {}).get(262) == 0:
+                raise ValueError("16-bit TIFF in which 0 is white is not supported")
             image = file.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
         return ImageOps.exif_transpose(image).convert("RGBA")
 
@@ -1496,7 +1504,7 @@ def check_options(options, spell=str):
             continue
         for number in value if field.type is tuple else [value]:
             if isinstance(number, int) and abs(number) >= 2**63:
-                raise ValueError(f"{name} must be below 2^63")
+                raise ValueError(f"{name} must lie between -2^63 and 2^63")
             if not math.isfinite(number):
                 raise ValueError(f"{name} must be finite, got {number}")
             if high == math.inf and number < low:
@@ -1522,7 +1530,7 @@ class Config:
 
     # Labels
     conditional: bool = option(True, "learn the labels, if the data have them")
-    label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs", 0, 0.99)
+    label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs", 0, 1)
 
     # Diffusion
     timesteps: int = option(1000, "T, the number of steps of the forward process", 2, 100000)
@@ -1770,7 +1778,9 @@ def pick_device(name=None):
             warnings.simplefilter("ignore")
             torch.zeros(1, device=device).tolist()
     except Exception as error:  # a device without its library may raise almost anything
-        raise ValueError(f"device {name!r} can't be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {name!r} can't be used here: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from None
 
     # One GPU for this process, and TF32
     if device.type == "cuda":
@@ -1838,11 +1848,12 @@ def rank_and_world_size():
     """The number of this process and the number of processes, as set by torchrun. Raises ValueError for half of it."""
     rank = os.environ.get("RANK")
     world_size = os.environ.get("WORLD_SIZE")
-    if rank is None and world_size in (None, "1"):
+    if rank in (None, "0") and world_size in (None, "1"):
         return 0, 1
     known = f"{rank}".isdecimal() and f"{world_size}".isdecimal()
     if not known or not int(rank) < int(world_size):
-        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}: torchrun sets both, else unset both")
+        got = f"RANK={rank} and WORLD_SIZE={world_size}"
+        raise ValueError(f"RANK must be a number below WORLD_SIZE, got {got}: torchrun sets both, else unset both")
     return int(rank), int(world_size)
 
 
@@ -1927,13 +1938,16 @@ def write_folder(path, save):
     temporary.mkdir(parents=True)
     try:
         save(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
     except BaseException as error:
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, Exception):  # safetensors has one of its own for a full disk
             raise OSError(f"{path} can't be written ({in_one_line(error)})") from None
         raise
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except OSError as error:
+        raise OSError(f"{path} can't be replaced ({error.strerror}); what was written is in {temporary}") from None
 
 
 def make_grid_image(pixels, columns=None):
@@ -1973,12 +1987,13 @@ def check_output(out, individual):
         names = sorted(path.name for path in folder.iterdir())
         others = set(names) - {f"{i:05}.png" for i in range(len(names))}
         if others:
-            raise ValueError(f"{folder} holds {min(others)}, which --sample did not write: move it away")
+            raise ValueError(f"{folder} holds {min(others)}; --sample writes 00000.png, 00001.png, …: move it away")
 
 
 def write_samples(out, pixels, columns, individual, frames):
     """Write samples.png and, if wanted, the folder individual and samples.gif. Returns the paths written."""
     # The grid, of at most 1,024 images
+    (out / SAMPLES_MARK).touch()
     paths = [out / "samples.png"]
     grid = make_grid_image(pixels[:1024], columns)
     atomic_write(paths[0], functools.partial(grid.save, format="PNG"))
@@ -2012,7 +2027,7 @@ def write_samples(out, pixels, columns, individual, frames):
 
 class ImageStore:
     """The batches that --individual has drawn so far, in the folder .drawn of the run, so that a call that was stopped
-    can be repeated and goes on. What was drawn with other weights, another seed or other options is removed."""
+    can be repeated to draw the others. What was drawn with other weights, another seed or other options is removed."""
 
     def __init__(self, out, run, seed, options):
         # What the images depend on
@@ -2073,7 +2088,7 @@ class TrainingState:
 
     def restore(self, checkpoint):
         """Load a checkpoint. Raises ValueError if it is of other data, or has all its steps already."""
-        # Is it of this data, and are there steps to go?
+        # Checks
         config = self.config
         classes = checkpoint["num_classes"]
         step = checkpoint["step"]
@@ -2107,10 +2122,10 @@ class TrainingState:
         """Load Adam's moments. Raises almost anything if they do not fit the weights."""
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=copy.deepcopy(state)))
         for weight in self.model.parameters():
-            for name in ("exp_avg", "exp_avg_sq"):
-                moment = self.optimizer.state[weight][name]
-                if moment.shape != weight.shape or not moment.is_floating_point():
-                    raise ValueError(f"{name} is {moment.dtype} of shape {tuple(moment.shape)}")
+            for name, shape in (("exp_avg", weight.shape), ("exp_avg_sq", weight.shape), ("step", ())):
+                value = self.optimizer.state[weight][name]
+                if value.shape != shape or not value.is_floating_point():
+                    raise ValueError(f"{name} is {value.dtype} of shape {tuple(value.shape)}")
 
     def save(self, step):
         """Write checkpoint.pt."""
@@ -2190,16 +2205,17 @@ def averaged_network(checkpoint):
 
 
 def check_finite(network, source):
-    """Raise ValueError for weights that are infinite or no number."""
+    """Raise ValueError unless all weights are finite."""
     if not all(weight.isfinite().all() for weight in network.parameters()):
         raise ValueError(f"the weights in {source} are not finite")
 
 
 @contextlib.contextmanager
 def lock_folder(out, use="training"):
-    """Context manager that keeps others out of a run's folder while it is trained in, or while samples are drawn into
-    it; the lock ends with the process. That of a training lies beside the folder, which may be renamed, as .NAME.lock,
-    if that place can be written to. Raises ValueError if another process holds it."""
+    """Context manager that keeps other trainings, or other samplings, out of a run's folder; the lock ends with the
+    process. A training's lock is .NAME.lock beside the folder, because the folder may be renamed. A sampling's lock is
+    inside it, and so is a training's if the parent folder is read-only. Raises ValueError if another process holds the
+    lock."""
     # The lock's place
     real = resolve(out)
     if not real.name or (out.exists() and not out.is_dir()):
@@ -2214,16 +2230,20 @@ def lock_folder(out, use="training"):
         with FileLock(path, timeout=0):
             yield
     except Timeout:
-        raise ValueError(f"another {use} is running in {out}: --out names another folder") from None
+        advice = "wait until it ends" if use == "sampling" else "--out names another folder"
+        raise ValueError(f"another {use} is running in {out}: {advice}") from None
 
 
 def resolve(path):
-    """An absolute path without links; of a link that leads to itself, its own."""
+    """The absolute path with links resolved; a link to itself is returned unresolved."""
     return Path(os.path.realpath(path))
 
 
-def check_folders(config):
-    """Raise ValueError if what a training reads lies in its run's folder, which a later run renames."""
+def check_new_run(config):
+    """Raise ValueError if no label would be learned, or if what a training reads lies in its run's folder, which a
+    later run renames."""
+    if config.conditional and config.label_dropout == 1:
+        raise ValueError("label_dropout must be below 1: --no-conditional learns no labels")
     out = resolve(config.out)
     for name in ("data", "weights"):
         given = getattr(config, name)
@@ -2252,7 +2272,9 @@ def start_folder(out, first_step):
         if (out / "checkpoint.pt").exists() and resolve(out) in (here, *here.parents):
             raise ValueError(f"the run in {out} can't be renamed from inside: --out names another folder")
         if (out / "checkpoint.pt").exists():
-            print(f"the earlier run in {out} is now {os.path.relpath(rename_folder(out))}")
+            with lock_folder(out, "sampling"):
+                pass  # no samples are drawn from the earlier run
+            print(f"the earlier run in {out} is now {rename_folder(out)}")
 
     # The folder, and log.csv in it
     out.mkdir(parents=True, exist_ok=True)
@@ -2262,7 +2284,8 @@ def start_folder(out, first_step):
 def rename_folder(folder):
     """Rename a folder to NAME-1, NAME-2, … and make a new one; of a link, the target. A mounted disk can't be renamed:
     there the files of the run are moved into a folder of that name on it. Returns the new path."""
-    folder = resolve(folder)
+    if folder.is_symlink():
+        folder = resolve(folder)
     n = 1
     while folder.with_name(f"{folder.name}-{n}").exists() or (folder / f"{folder.name}-{n}").exists():
         n += 1
@@ -2305,7 +2328,7 @@ def announce(config, state, images):
 def check_memory(config, device):
     """Raise ValueError if a training step surely needs more memory than there is. (A system that runs out of memory may
     end the process without a word.)"""
-    # Each residual block, of which a level has 2n + 1, keeps the inputs of its six layers; of four if it is compiled
+    # Each residual block, of which a level has 2n + 1, keeps its layers' inputs: six, or four if compiled or on a GPU
     with autocast(config, device):
         number = 2 if torch.is_autocast_enabled(device.type) else 4  # bytes
     kept = 6 if device.type == "cpu" and not config.compile else 4
@@ -2499,8 +2522,8 @@ DEFAULT_FIELDS = dict(
 )
 # Fields of scheduler_config.json that have one value here, diffusers' default.
 FIXED_SCHEDULE = dict(clip_sample=True, clip_sample_range=1.0, rescale_betas_zero_snr=False, thresholding=False)
-# Config's names of what a network predicts, and diffusers'.
-PREDICTION_TYPES = dict(noise="epsilon", velocity="v_prediction")
+# diffusers' names of what a network predicts, and Config's.
+PREDICTION_TYPES = dict(epsilon="noise", v_prediction="velocity")
 
 
 def describe_network(network, image_size):
@@ -2630,17 +2653,17 @@ def published_schedule(folder):
         timesteps = scheduler["num_train_timesteps"]
         betas = scheduler.get("trained_betas")
         if betas is None:
-            if scheduler.get("beta_schedule") != "linear":
-                raise ValueError(f"beta_schedule can't be {scheduler.get('beta_schedule')!r}")
-            betas = linear_beta_schedule(timesteps, scheduler["beta_start"], scheduler["beta_end"])
+            if scheduler.get("beta_schedule", "linear") != "linear":
+                raise ValueError(f"beta_schedule can't be {scheduler['beta_schedule']!r}")
+            betas = linear_beta_schedule(timesteps, scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02))
         betas = torch.as_tensor(betas, dtype=torch.float32)
         for name, value in FIXED_SCHEDULE.items():
             if scheduler.get(name, value) != value:
                 raise ValueError(f"{name} can't be {scheduler[name]!r}")
         published = scheduler.get("prediction_type", "epsilon")
-        if published not in PREDICTION_TYPES.values():
+        if published not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type can't be {published!r}")
-        prediction = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}[published]
+        prediction = PREDICTION_TYPES[published]
 
         # The schedule that has these betas
         variance = scheduler.get("variance_type", "fixed_small")
@@ -2694,6 +2717,7 @@ def describe_schedule(config):
     trained_betas = None
     if config.schedule == "cosine":
         trained_betas = cosine_beta_schedule(config.timesteps).tolist()
+    prediction_type = next(theirs for theirs, ours in PREDICTION_TYPES.items() if ours == config.prediction)
     return dict(
         num_train_timesteps=config.timesteps,
         beta_schedule="linear",
@@ -2701,7 +2725,7 @@ def describe_schedule(config):
         beta_end=end,
         trained_betas=trained_betas,
         variance_type=config.variance,
-        prediction_type=PREDICTION_TYPES[config.prediction],
+        prediction_type=prediction_type,
         clip_sample=True,
         timestep_spacing="trailing",
         set_alpha_to_one=True,
@@ -2897,7 +2921,7 @@ def find_run(given):
 
 
 def check_named(config, given):
-    """Raise ValueError if --data alone named a run, and that is a run of other data."""
+    """Raise ValueError if --data, given without --out, differs from the data of the run that it names."""
     if "data" in given and "out" not in given and resolve(given["data"]) != resolve(config.data):
         raise ValueError(f"the run in {config.out} is one of {config.data}, not {given['data']}: --out names a run")
 
@@ -2933,7 +2957,7 @@ def run_train(given):
                 if name in given:
                     raise ValueError(f"{as_flag(name)} does not go with --weights, which have their own")
             defaults.update(shape)
-            defaults.update(published_schedule(given["weights"]))
+            defaults.update({"schedule": "linear", "prediction": "noise", **published_schedule(given["weights"])})
         out = train(preset(**{**defaults, **settings}, name=given.get("preset")))
 
     # What to do next
@@ -3010,7 +3034,7 @@ def main(arguments=None):
     except BrokenPipeError:  # whoever read the output has gone, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except (ValueError, OSError, OverflowError) as error:
+    except (ValueError, OSError) as error:
         status = 2
         line = f"error: {error}"
     except KeyboardInterrupt as interruption:
