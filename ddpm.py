@@ -2268,10 +2268,10 @@ def start_folder(out, first_step):
         foreign = [name for name in ("log.csv", "checkpoint.pt") if (out / name).exists() and not is_run(out)]
         if foreign:
             raise ValueError(f"{out}/{foreign[0]} is not that of a run: --out names another folder")
-        here = resolve(".")
-        if (out / "checkpoint.pt").exists() and resolve(out) in (here, *here.parents):
-            raise ValueError(f"the run in {out} can't be renamed from inside: --out names another folder")
         if (out / "checkpoint.pt").exists():
+            here = resolve(".")
+            if resolve(out) in (here, *here.parents):
+                raise ValueError(f"the run in {out} can't be renamed from inside: --out names another folder")
             with lock_folder(out, "sampling"):
                 pass  # no samples are drawn from the earlier run
             print(f"the earlier run in {out} is now {rename_folder(out)}")
