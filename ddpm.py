@@ -178,7 +178,7 @@ class GaussianDiffusion(nn.Module):
     # -- Forward process --
     def q_sample(self, x_start, t, noise=None):
         """Sample x_t ~ q(x_t|x_0) in one step: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Eq. 4)."""
-        noise = noise_like(x_start, x_start.shape) if noise is None else noise
+        noise = noise_like(x_start, x_start.shape, noise=noise)
         self._check(x_start, t, noise)
         mean = extract(self.sqrt_alphas_cumprod, t, x_start) * x_start
         return mean + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
@@ -198,7 +198,7 @@ class GaussianDiffusion(nn.Module):
         through ε_θ: the bound trains v only (L_hybrid, Improved DDPM Eq. 16). loss="bound" is L in bits/dim without the
         constant L_T (Eq. 5), whose terms for a fixed variance and paper t > 1 are the squared error weighted as in
         Eq. 12, plus a constant. Both bounds are unbiased only if t is drawn uniformly."""
-        noise = noise_like(x_start, x_start.shape) if noise is None else noise
+        noise = noise_like(x_start, x_start.shape, noise=noise)
         x_t = self.q_sample(x_start, t, noise)
         predicted_noise, v = self._predict(model, x_t, t)
 
@@ -1318,7 +1318,7 @@ SAMPLES_MARK = ".samples"  # a file of this name marks a folder into which sampl
 def find_files(folder, parents=()):
     """The files below a folder in natural order, links followed. Hidden ones, runs, and subfolders of samples are left
     out."""
-    real = folder.resolve()
+    real = resolve(folder)
     if real in parents or is_run(folder) or (parents and (folder / SAMPLES_MARK).exists()):
         return
     for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
@@ -2083,9 +2083,6 @@ class TrainingState:
     examples: list = ()  # for TrainingLog.compare; not in the checkpoint
     step: int = 0
 
-    def parts(self):
-        return {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-
     def restore(self, checkpoint):
         """Load a checkpoint. Raises ValueError if it is of other data, or has all its steps already."""
         # Checks
@@ -2129,7 +2126,7 @@ class TrainingState:
 
     def save(self, step):
         """Write checkpoint.pt."""
-        checkpoint = {name: part.state_dict() for name, part in self.parts().items()}
+        checkpoint = {name: getattr(self, name).state_dict() for name in ("model", "ema", "optimizer")}
         checkpoint["step"] = step
         checkpoint["config"] = dataclasses.asdict(self.config)
         checkpoint["image_channels"] = self.model.image_channels
