@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -357,12 +358,13 @@ class GaussianDiffusion(nn.Module):
         return x_t
 
     def dpm_solver_timesteps(self, steps):
-        """Returns S = steps distinct timesteps, a list of ints decreasing from T−1 to 0, as evenly spaced in λ_t =
-        ½ log(ᾱ_t/(1−ᾱ_t)), half the logarithm of the signal-to-noise ratio, as rounding allows. S = 1 is [T−1]."""
+        """Returns S = steps distinct timesteps, a list of ints decreasing from T−1, as evenly spaced in λ_t =
+        ½ log(ᾱ_t/(1−ᾱ_t)), half the logarithm of the signal-to-noise ratio, as rounding allows: S equal steps from
+        λ_{T−1} to λ_0, of which the end is left out: there a call of the model changes the image least."""
         self._check_steps(steps)
         lambdas = np.array(self._lambdas)
         timesteps = [self.timesteps - 1]
-        for i, even in enumerate(np.linspace(lambdas[-1], lambdas[0], steps)[1:], start=1):
+        for i, even in enumerate(np.linspace(lambdas[-1], lambdas[0], steps, endpoint=False)[1:], start=1):
             nearest = int(np.abs(lambdas - even).argmin())
             timesteps.append(min(timesteps[-1] - 1, max(nearest, steps - 1 - i)))
         return timesteps
@@ -804,7 +806,7 @@ def train(config, checkpoint=None, watch=None):
     # Set-up
     rank, world_size = rank_and_world_size()
     images, labels, num_classes, state, diffusion = prepare_training(config, checkpoint)
-    with start_training(config, state, images) as (network, log, signals, bar):
+    with start_training(config, state, images, labels, diffusion) as (network, log, signals, bar):
         for step in range(state.step, config.steps):
             torch.manual_seed(derive_seed(config.seed, "training", step, rank))  # so that a resumed run draws the same
             chosen = torch.randint(len(images), (config.batch_size // world_size,), device=images.device)
@@ -867,7 +869,7 @@ def prepare_training(config, checkpoint):
     # Data, network, diffusion
     device = pick_device(config.device)
     check_memory(config, device)
-    images, labels, classes, examples = load_training_data(config, device)
+    images, labels, classes, checksum, examples = load_training_data(config, device)
     num_classes = len(classes) if classes else None
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model, diffusion = build(config, images.shape[1], num_classes)
@@ -880,25 +882,41 @@ def prepare_training(config, checkpoint):
     optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
 
     # All of these from a checkpoint, if there is one
-    state = TrainingState(config, model, ema, optimizer, classes, len(images), examples)
+    state = TrainingState(config, model, ema, optimizer, classes, len(images), checksum, examples)
     if checkpoint is not None:
         state.restore(checkpoint)
     return images, labels, num_classes, state, diffusion.to(device)
 
 
 @contextlib.contextmanager
-def start_training(config, state, images):
-    """Context manager of a training: locks the run's folder and makes it, joins the processes, compiles the network,
-    records signals, shows a bar. Gives the network to call, the log, the signals and the bar."""
+def start_training(config, state, images, labels, diffusion):
+    """Context manager of a training: locks the run's folder, joins the processes, compiles the network, tries a step,
+    makes the folder, records signals, shows a bar. Gives the network to call, the log, the signals and the bar."""
     rank, _ = rank_and_world_size()
     with lock_folder(Path(config.out)) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            start_folder(Path(config.out), state.step)
             announce(config, state, images)
         network, control = share_between_processes(state.model, images.device)
         network = maybe_compile(config, images.device, network)
+        try_step(network, diffusion, config, state, images, labels)
+        if rank == 0:
+            start_folder(Path(config.out), state.step)
         with record_signals() as signals, training_bar(config, state.step) as bar:
             yield network, TrainingLog(config, control, state.step, images.device), signals, bar
+
+
+def try_step(network, diffusion, config, state, images, labels):
+    """Compute the gradients of one batch and drop them, so that too little memory, or a compiler that does not work,
+    shows before an earlier run is renamed."""
+    _, world_size = rank_and_world_size()
+    chosen = torch.arange(config.batch_size // world_size, device=images.device) % len(images)
+    x_start = to_model(images[chosen])
+    y = labels[chosen] if labels is not None else None
+    t = torch.zeros_like(chosen)
+    noise = torch.randn_like(x_start)
+    loss = training_loss(network, diffusion, config, x_start, t, noise, y, no_label=state.model.num_classes)
+    loss.backward()
+    state.optimizer.zero_grad()
 
 
 def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
@@ -1082,16 +1100,16 @@ def sample(run, count, seed=0, **options):
     if labels is not None and options.label is None:
         columns = run.model.num_classes
 
-    # Every process draws its share of the batches. A single one keeps what --individual has drawn when it is stopped.
+    # Every process draws its share of the batches; with --individual, into files
     rank, world_size = rank_and_world_size()
-    store = None
     with lock_folder(out, "sampling") if rank == 0 else contextlib.nullcontext():
-        if options.individual and world_size == 1:
-            store = ImageStore(out, run, seed, options)
+        drawn = {}
+        if options.individual:
+            drawn = ImageStore(out, run, size, seed, options)
         try:
-            drawn, frames = draw_batches(run, batches, size, labels, seed, options, store)
+            frames = draw_batches(run, drawn, batches, size, labels, seed, options)
         except KeyboardInterrupt:
-            if store is None:
+            if not options.individual:
                 raise
             raise KeyboardInterrupt("interrupted; repeat the command to draw the remaining images") from None
         if world_size > 1:
@@ -1100,41 +1118,33 @@ def sample(run, count, seed=0, **options):
         # Rank 0 writes
         if rank > 0:
             return []
-        pixels = torch.cat([drawn[i] for i in range(batches)])[:count]
-        paths = write_samples(out, pixels, columns, options.individual, frames)
-        if store is not None:
-            store.remove()
+        images = itertools.chain.from_iterable(drawn[i] for i in range(batches))
+        paths = write_samples(out, itertools.islice(images, count), columns, options.individual, frames)
+        if options.individual:
+            drawn.remove()
         return paths
 
 
-def draw_batches(run, batches, size, labels, seed, options, store=None):
-    """Draw this process's share of the batches; those in the store are read instead. Returns {i: uint8 images of batch
-    i}, and with options.animate every x_t of batch 0."""
+def draw_batches(run, drawn, batches, size, labels, seed, options):
+    """Draw this process's share of the batches into drawn, which maps i to the uint8 images of batch i; what is there
+    is not drawn again. Returns every x_t of batch 0 if options.animate."""
     rank, world_size = rank_and_world_size()
     hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
     how = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
-    drawn = {}
     frames = []
     for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar):
-        # Drawn by an earlier call that was stopped
-        stored = None
-        if store is not None and not (options.animate and i == 0):
-            stored = store.read(i * size, size)
-        if stored is not None:
-            drawn[i] = stored
+        animate = options.animate and i == 0
+        if i in drawn and not animate:
             continue
-        # Drawn now
         batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
         trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling") + i * size, **how)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
-            if options.animate and i == 0:
+            if animate:
                 frames.append(to_pixels(x_t).cpu())
         if not x_t.isfinite().all():
             raise ValueError("the samples are not finite")
         drawn[i] = to_pixels(x_t).cpu()
-        if store is not None:
-            store.write(i * size, drawn[i])
-    return drawn, frames
+    return frames
 
 
 def evaluate(run, count, seed=0):
@@ -1377,8 +1387,8 @@ def read_image(path, image_size):
 
 
 def load_training_data(config, device):
-    """Returns images, labels (None if the network is not to learn them), the names of the classes (None likewise), and
-    examples for TrainingLog.compare. Rank 0 says what a folder holds."""
+    """Returns images, labels (None if the network is not to learn them), the names of the classes (None likewise), a
+    checksum of images and labels, and examples for TrainingLog.compare. Rank 0 says what a folder holds."""
     data = read_data(config.data, config.image_size)
     if data.images.shape[2:] != (config.image_size, config.image_size):
         raise ValueError(f"image_size must be {data.images.shape[2]} for {config.data}, got {config.image_size}")
@@ -1395,12 +1405,16 @@ def load_training_data(config, device):
     classes = data.classes
     if not config.conditional:
         labels = test_labels = classes = None
+    checksum = zlib.crc32(images.contiguous().numpy())
+    if labels is not None:
+        checksum = zlib.crc32(labels.contiguous().numpy(), checksum)
 
     # Examples of both
     examples = []
     if len(test_images):
         examples = [choose_examples(images, labels, device), choose_examples(test_images, test_labels, device)]
-    return images.to(device), None if labels is None else labels.to(device), classes, examples
+    labels = None if labels is None else labels.to(device)
+    return images.to(device), labels, classes, checksum, examples
 
 
 EXAMPLES = 512
@@ -1869,12 +1883,15 @@ def share_between_processes(model, device):
 
 
 def gather_batches(drawn):
-    """All processes' {i: images of batch i}, as one dictionary."""
+    """Waits for all processes. Returns their {i: images of batch i} as one dictionary; an ImageStore has them all."""
     _, world_size = rank_and_world_size()
+    stored = isinstance(drawn, ImageStore)
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # a process may draw for long
     gathered = [None] * world_size
-    dist.all_gather_object(gathered, drawn)
+    dist.all_gather_object(gathered, None if stored else drawn)
     dist.destroy_process_group()
+    if stored:
+        return drawn
     return {i: pixels for part in gathered for i, pixels in part.items()}
 
 
@@ -1990,17 +2007,19 @@ def check_output(out, individual):
             raise ValueError(f"{folder} holds {min(others)}; --sample writes 00000.png, 00001.png, …: move it away")
 
 
-def write_samples(out, pixels, columns, individual, frames):
-    """Write samples.png and, if wanted, the folder individual and samples.gif. Returns the paths written."""
+def write_samples(out, images, columns, individual, frames):
+    """Write samples.png and, if wanted, the folder individual and samples.gif. images is an iterator over uint8
+    (C, H, W). Returns the paths written."""
     # The grid, of at most 1,024 images
     (out / SAMPLES_MARK).touch()
     paths = [out / "samples.png"]
-    grid = make_grid_image(pixels[:1024], columns)
+    shown = list(itertools.islice(images, 1024))
+    grid = make_grid_image(torch.stack(shown), columns)
     atomic_write(paths[0], functools.partial(grid.save, format="PNG"))
 
     # Every image as a file of its own
     def save_individually(folder):
-        for i, image in enumerate(pixels):
+        for i, image in enumerate(itertools.chain(shown, images)):
             pixels_to_image(image).save(folder / f"{i:05}.png")
 
     if individual:
@@ -2010,8 +2029,8 @@ def write_samples(out, pixels, columns, individual, frames):
     # About 60 of the frames, in a second and a half or more, and the last one for two seconds
     if frames:
         milliseconds = max(60, 1500 // len(frames))
-        shown = frames[: -1 : math.ceil(len(frames) / 60)]
-        grids = [make_grid_image(frame, columns) for frame in [*shown, frames[-1]]]
+        chosen = frames[: -1 : math.ceil(len(frames) / 60)]
+        grids = [make_grid_image(frame, columns) for frame in [*chosen, frames[-1]]]
         paths.append(out / "samples.gif")
         save_gif = functools.partial(
             grids[0].save,
@@ -2019,17 +2038,18 @@ def write_samples(out, pixels, columns, individual, frames):
             save_all=True,
             append_images=grids[1:],
             loop=0,
-            duration=[milliseconds] * len(shown) + [2000],
+            duration=[milliseconds] * len(chosen) + [2000],
         )
         atomic_write(paths[-1], save_gif)
     return paths
 
 
 class ImageStore:
-    """The batches that --individual has drawn so far, in the folder .drawn of the run, so that a call that was stopped
-    can be repeated to draw the others. What was drawn with other weights, another seed or other options is removed."""
+    """The batches that --individual has drawn so far, by their number, as files in the folder .drawn of the run: they
+    need no memory, and a call that was stopped can be repeated to draw the others. What was drawn with other weights,
+    another seed or other options is not found."""
 
-    def __init__(self, out, run, seed, options):
+    def __init__(self, out, run, size, seed, options):
         # What the images depend on
         weights = 0
         for weight in (run.diffusion.betas, *run.model.parameters()):
@@ -2037,34 +2057,33 @@ class ImageStore:
         how = {**dataclasses.asdict(run.config), **dataclasses.asdict(options)}
         for name in ("out", "data", "device", "compile", "sampling_batch", "individual", "animate"):
             del how[name]
-        note = json.dumps({**how, "weights": weights, "seed": seed}).encode()
+        note = json.dumps({**how, "weights": weights, "seed": seed, "size": size}).encode()
 
-        # The folder
-        self.folder = out / ".drawn"
-        path = self.folder / "drawn.json"
-        if not path.is_file() or path.read_bytes() != note:
-            self.remove()
-            self.folder.mkdir()
-            path.write_bytes(note)
+        # A folder named after it
+        self.root = out / ".drawn"
+        self.folder = self.root / hashlib.sha256(note).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, start, count):
-        """The file of so many images, the first of which is image start."""
-        return self.folder / f"{start}-{count}.pt"
+    def path(self, i):
+        """The file of batch i."""
+        return self.folder / f"{i}.pt"
 
-    def read(self, start, count):
-        """These images, uint8 (count, C, H, W), or None if they are not there or damaged."""
+    def __contains__(self, i):
         try:
-            return load_tensors(self.path(start, count))
+            load_tensors(self.path(i))
         except Exception:  # a damaged file may raise almost anything
-            return None
+            return False
+        return True
 
-    def write(self, start, pixels):
-        """Keep these images."""
-        atomic_write(self.path(start, len(pixels)), functools.partial(torch.save, pixels))
+    def __getitem__(self, i):
+        return load_tensors(self.path(i))
+
+    def __setitem__(self, i, pixels):
+        atomic_write(self.path(i), functools.partial(torch.save, pixels))
 
     def remove(self):
         """Remove all images."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
 
 
 # The folder of a run: checkpoint.pt, log.csv, samples-*.png
@@ -2080,6 +2099,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     classes: list  # the names of the labels, or None
     images: int  # the number of images trained on
+    checksum: int  # of these images and their labels
     examples: list = ()  # for TrainingLog.compare; not in the checkpoint
     step: int = 0
 
@@ -2110,10 +2130,14 @@ class TrainingState:
         except Exception as error:  # a damaged state may raise almost anything
             reason = f"its part optimizer can't be restored ({in_one_line(error)})"
             raise ValueError(f"{config.out}/checkpoint.pt: {reason}") from None
+        self.step = step
+
+        # Changed data are allowed
         rank, _ = rank_and_world_size()
         if rank == 0 and checkpoint["images"] not in (None, self.images):
             print(f"{config.data} has {self.images:,} images to train on; it had {checkpoint['images']:,}")
-        self.step = step
+        elif rank == 0 and checkpoint["checksum"] not in (None, self.checksum):
+            print(f"the images of {config.data}, or their labels, have changed since the run's last checkpoint")
 
     def restore_optimizer(self, state):
         """Load Adam's moments. Raises almost anything if they do not fit the weights."""
@@ -2133,6 +2157,7 @@ class TrainingState:
         checkpoint["num_classes"] = self.model.num_classes
         checkpoint["classes"] = self.classes
         checkpoint["images"] = self.images
+        checkpoint["checksum"] = self.checksum
         atomic_write(Path(self.config.out) / "checkpoint.pt", functools.partial(torch.save, checkpoint))
 
 
@@ -2168,12 +2193,12 @@ def check_checkpoint(checkpoint, out):
     or does not fit the network of that Config."""
     # Settings and numbers
     checkpoint["config"] = Config(**dict(checkpoint["config"], out=str(out)))
-    checkpoint.setdefault("images", None)
-    checkpoint.setdefault("classes", None)
-    for name in ("step", "image_channels", "num_classes", "images"):
+    for name in ("images", "checksum", "classes"):  # which earlier versions did not write
+        checkpoint.setdefault(name, None)
+    for name, least in {"step": 1, "image_channels": 1, "num_classes": 1, "images": 1, "checksum": 0}.items():
         value = checkpoint[name]
-        absent = name in ("num_classes", "images") and value is None
-        if not absent and (type(value) is not int or value < 1):
+        absent = name in ("num_classes", "images", "checksum") and value is None
+        if not absent and (type(value) is not int or value < least):
             raise ValueError(f"{name} is {value!r}")
     classes = checkpoint["classes"]
     if classes is not None and [type(name) for name in classes] != [str] * (checkpoint["num_classes"] or 0):
@@ -2237,11 +2262,17 @@ def resolve(path):
 
 
 def check_new_run(config):
-    """Raise ValueError if no label would be learned, or if what a training reads lies in its run's folder, which a
-    later run renames."""
+    """Raise ValueError if no label would be learned, if what a training reads lies in its run's folder, which a later
+    run renames, or if the folder holds something else than an earlier run, or one that can't be renamed."""
     if config.conditional and config.label_dropout == 1:
         raise ValueError("label_dropout must be below 1: --no-conditional learns no labels")
     out = resolve(config.out)
+    for name in ("log.csv", "checkpoint.pt"):
+        if (out / name).exists() and not is_run(out):
+            raise ValueError(f"{config.out}/{name} is not that of a run: --out names another folder")
+    here = resolve(".")
+    if (out / "checkpoint.pt").exists() and out in (here, *here.parents):
+        raise ValueError(f"the run in {config.out} can't be renamed from inside: --out names another folder")
     for name in ("data", "weights"):
         given = getattr(config, name)
         if given in DATA_SETS or given is None:
@@ -2262,13 +2293,7 @@ def start_folder(out, first_step):
     if first_step > 0:
         rows = read_rows(out / "log.csv", first_step)
     else:
-        foreign = [name for name in ("log.csv", "checkpoint.pt") if (out / name).exists() and not is_run(out)]
-        if foreign:
-            raise ValueError(f"{out}/{foreign[0]} is not that of a run: --out names another folder")
         if (out / "checkpoint.pt").exists():
-            here = resolve(".")
-            if resolve(out) in (here, *here.parents):
-                raise ValueError(f"the run in {out} can't be renamed from inside: --out names another folder")
             with lock_folder(out, "sampling"):
                 pass  # no samples are drawn from the earlier run
             print(f"the earlier run in {out} is now {rename_folder(out)}")

@@ -43,6 +43,7 @@ import sys
 import time
 import types
 import warnings
+import weakref
 import zipfile
 import zlib
 from fractions import Fraction
@@ -1069,11 +1070,11 @@ def half_log_snr(bar):
 
 @pytest.mark.parametrize("schedule", [ddpm.linear_beta_schedule, ddpm.cosine_beta_schedule])
 def test_dpm_solver_timesteps_are_even_in_log_snr(schedule):
-    """S of the T timesteps for any S from 1 to T: T−1 first, falling without repetition, 0 last if S > 1. Each is the
-    timestep whose λ is nearest to one of S even values between λ_{T−1} and λ_0, except where the timesteps are sparser
-    in λ than these values, so that it would be taken already, or none would be left for the rest: then it is the next
-    one, or the largest that leaves one for each. For the linear schedule and S up to 10 there is no exception. S = T
-    is every timestep."""
+    """S of the T timesteps for any S from 1 to T: T−1 first, falling without repetition. Each is the timestep whose λ
+    is nearest to one of S even values, of which the first is λ_{T−1} and λ_0 would be the next one, except where the
+    timesteps are sparser in λ than these values, so that it would be taken already, or none would be left for the rest:
+    then it is the next one, or the largest that leaves one for each. For the linear schedule and S up to 10 there is no
+    exception. S = T is every timestep."""
     betas = schedule(T)
     diffusion = exact(betas=betas)
     lambdas = half_log_snr(np.exp(np.cumsum(np.log1p(-betas.numpy()))))
@@ -1082,7 +1083,7 @@ def test_dpm_solver_timesteps_are_even_in_log_snr(schedule):
         assert len(t) == steps
         assert t[0] == T - 1
         assert all(a > b for a, b in zip(t, t[1:], strict=False))
-        even = [lambdas[-1] + (lambdas[0] - lambdas[-1]) * i / max(1, steps - 1) for i in range(steps)]
+        even = [lambdas[-1] + (lambdas[0] - lambdas[-1]) * i / steps for i in range(steps)]
         nearest = [int(np.abs(lambdas - value).argmin()) for value in even]
         if steps <= 10 and schedule is ddpm.linear_beta_schedule:
             assert t == nearest
@@ -1141,27 +1142,31 @@ def test_dpm_solver_without_extrapolation_is_ddim(clip):
     first, *_, last_but_one, x_0 = diffusion.dpm_solver_sample_steps(model, x_T, 9, clip)
     ddim = functools.partial(diffusion.ddim_sample, model, clip_denoised=clip)
     np.testing.assert_allclose(first, ddim(x_T, *pairs[0]), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(x_0, ddim(last_but_one, 0, -1), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(x_0, ddim(last_but_one, *pairs[-1]), rtol=1e-12, atol=1e-12)
 
 
 def slopes_at_the_last_timestep(timesteps, m, s, counts, run):
-    """The relative errors of the slope of x_T → x_{t=0}, in S steps for each S of counts, for x_0 ~ N(m, s²) and the
-    optimal model; the flow's own slope is √(Var(x_{t=0})/Var(x_T))."""
+    """The relative errors of the slope of x_T → x_t at the last t of S steps, for each S of counts, x_0 ~ N(m, s²) and
+    the optimal model; the flow's own slope is √(Var(x_t)/Var(x_T))."""
     betas = np.linspace(0.1 / timesteps, 20 / timesteps, timesteps)
     bars = np.exp(np.cumsum(np.log1p(-betas)))
     diffusion, x_T = exact(betas=betas), torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    flow = math.sqrt((bars[0] * s**2 + 1 - bars[0]) / (bars[-1] * s**2 + 1 - bars[-1]))
-    ends = [run(diffusion, optimal(m, s, bars), x_T, steps) for steps in counts]
-    return [(x[1] - x[0]).item() / flow - 1 for x in ends]
+    variances = bars * s**2 + 1 - bars
+    errors = []
+    for steps in counts:
+        x_t = run(diffusion, optimal(m, s, bars), x_T, steps)
+        t = diffusion.dpm_solver_timesteps(steps)[-1]
+        errors.append((x_t[1] - x_t[0]).item() / math.sqrt(variances[t] / variances[-1]) - 1)
+    return errors
 
 
 @pytest.mark.parametrize("m, s", [(0.3, 0.5), (-0.4, 0.1)])
 def test_dpm_solver_converges_to_the_flow_at_second_order(m, s):
-    """When S doubles, the error of the slope of the flow down to t = 0 falls to a quarter (4 ± 0.2 from 64 to 256
-    steps); that of DDIM at the same times only to a half. This needs times that are even in λ, and so a fine process:
-    T = 100,000. With T = 1000 the ratio is still 3.5 to 4.1 from 32 to 64 steps, but then rounding sets in: near x_0
-    the 1000 times lie further apart in λ than the even ones, so that 512 steps gain at most another 20 in place of 64.
-    (The last step, from t = 0 to x_0, is of first order and does not depend on S.)"""
+    """When S doubles, the error of the slope of the flow down to the last timestep falls to a quarter (4 ± 0.2 from 64
+    to 256 steps); that of DDIM at the same times only to a half. This needs times that are even in λ, and so a fine
+    process: T = 100,000. With T = 1000 rounding sets in: near x_0 the 1000 times lie further apart in λ than the even
+    ones, so that 512 steps have more than a twentieth of the error of 64 in place of a 64th. (The last step, from there
+    to x_0, is DDIM's.)"""
 
     def dpm_solver(diffusion, model, x_T, steps):
         return list(diffusion.dpm_solver_sample_steps(model, x_T, steps, clip_denoised=False))[-2]
@@ -1178,9 +1183,8 @@ def test_dpm_solver_converges_to_the_flow_at_second_order(m, s):
     assert [a / b for a, b in zip(first, first[1:], strict=False)] == pytest.approx([2, 2], abs=0.05)
     assert abs(second[0]) < abs(first[0]) / 20
 
-    coarse = slopes_at_the_last_timestep(T, m, s, (32, 64, 512), dpm_solver)
-    assert 3.5 < coarse[0] / coarse[1] < 4.1
-    assert coarse[2] > coarse[1] / 20
+    coarse = slopes_at_the_last_timestep(T, m, s, (64, 512), dpm_solver)
+    assert abs(coarse[1]) > abs(coarse[0]) / 20
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -2220,6 +2224,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def no_trial(monkeypatch):
+    """Training does not try a step first, so that a test can count steps."""
+    monkeypatch.setattr(ddpm, "try_step", lambda *_: None)
+
+
 def algorithm_1(config, processes=1):
     """Algorithm 1 and appendix B, a second time: Adam, warm-up, clipping and the moving average in plain arithmetic,
     the gradients by autograd. Each process draws its share of the batch from a seed of its own, in this order: images,
@@ -2314,7 +2324,7 @@ def test_training_is_algorithm_1(settings, folder):
         assert (rows[:, 2] > settings["grad_clip"]).all()  # so that clipping is seen
 
 
-def test_algorithm_1_draws_what_the_paper_says(folder, monkeypatch):
+def test_algorithm_1_draws_what_the_paper_says(folder, no_trial, monkeypatch):
     """Over 10 steps of 80 images: each x_0 is a training image, scaled to [−1, 1], with its label, from all parts of
     the data alike (χ²); t is uniform on 0…T−1 (χ²); ε is standard normal (Kolmogorov–Smirnov); labels are hidden with
     the probability asked for, within each batch (binomial, and no batch all or nothing, probability 2e−7). False-alarm
@@ -2618,13 +2628,47 @@ def test_sampling_that_was_stopped_goes_on(folder, monkeypatch):
     torch.save(saved, "runs/digits/checkpoint.pt")
     assert draw(None) == (0, 4)
     assert draw(3) == (130, 3)
-    first = Path("runs/digits/.drawn/0-2.pt")
+    (first,) = Path("runs/digits/.drawn").glob("*/0.pt")
     first.write_bytes(first.read_bytes()[:-200])  # damaged: this batch is drawn again
     assert draw(None) == (0, 3)
     assert sorted(path.name for path in Path("runs/digits").iterdir() if path.name[0] == ".") == [
         ".samples",
         ".sampling.lock",
     ]
+
+
+def test_individual_images_do_not_stay_in_memory(folder, monkeypatch):
+    """Of 24 batches of 50 images, with all 1,200 written, no more than the one that is drawn is in memory while the
+    next is; then at most two beside the 1,024 images of the grid."""
+    train(steps=1)
+    drawn, alive, original = [], [], ddpm.to_pixels
+    stored, load = [], ddpm.load_tensors
+
+    def to_pixels(x):
+        alive.append(sum(each() is not None for each in drawn))
+        pixels = original(x)
+        drawn.append(weakref.ref(pixels))
+        return pixels
+
+    def load_tensors(path, *where):
+        loaded = load(path, *where)
+        if Path(path).parent.parent.name == ".drawn":
+            stored.append(weakref.ref(loaded))
+        return loaded
+
+    def save_individually(pixels, *where):
+        alive.append(sum(each() is not None for each in stored) - 21)  # 1,024 images are parts of 21 batches
+        return as_image(pixels, *where)
+
+    as_image = ddpm.pixels_to_image
+    monkeypatch.setattr(ddpm, "to_pixels", to_pixels)
+    monkeypatch.setattr(ddpm, "load_tensors", load_tensors)
+    monkeypatch.setattr(ddpm, "pixels_to_image", save_individually)
+    line = ["--sample", 1200, "--sampling-batch", 50, "--sampling-steps", 1, "--individual", "--no-bf16"]
+    assert cli(*line) == 0
+    assert len(list(Path("runs/digits/individual").iterdir())) == 1200
+    assert len(alive) == 24 + 1 + 1200
+    assert max(alive) <= 2
 
 
 def test_samples_are_not_taken_for_data(folder, capsys):
@@ -3129,6 +3173,23 @@ def test_a_folder_with_a_log_of_its_own_is_no_run(folder, capsys):
     assert "images/a/log.csv is not that of a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_resuming_mentions_images_that_have_changed(exchanged, folder, capsys):
+    """Two classes whose folders exchange their names: the classes and their numbers of images are the same."""
+    for name, red in (("cats", 0), ("dogs", 200)):
+        for i in range(10):
+            save(folder / "pictures" / name / f"{i}.png", size=(8, 8), colour=(red, i, 99))
+    assert cli("--train", *flags({**TINY, "data": "pictures", "image_size": 8, "steps": 1})) == 0
+    if exchanged:
+        Path("pictures/cats").rename("pictures/other")
+        Path("pictures/dogs").rename("pictures/cats")
+        Path("pictures/other").rename("pictures/dogs")
+    capsys.readouterr()
+    assert cli("--train", "--resume", "--steps", 2) == 0
+    line = "the images of pictures, or their labels, have changed since the run's last checkpoint"
+    assert (line in capsys.readouterr().out.splitlines()) == exchanged
+
+
 def test_a_folder_is_described_before_training(folder, capsys):
     """How many images of which colour and size, held out, not read; classes with their numbers of images. Training
     stores the names, --label takes them, and resuming refuses other classes and mentions other images."""
@@ -3336,7 +3397,7 @@ REACHES = dict(
     loss=lambda run: run.diffusion.loss_type == "bound",
     weights=lambda run: run.saved["config"]["weights"] is None,  # see test_training_starts_from_published_weights
     steps=lambda run: run.log[-1, 0] == 5 == run.saved["step"],
-    batch_size=lambda run: len(run.labels) == 5 * 6,
+    batch_size=lambda run: len(run.labels) == (1 + 5) * 6,  # one step is tried first
     lr=WRITTEN_OUT,
     warmup=lambda run: np.allclose(run.log[1:, 3], [0.004 * 0.6, 0.004 * 0.4, 0.004 * 0.2]),
     lr_decay=WRITTEN_OUT,
@@ -3737,7 +3798,7 @@ class PowerCut(Exception):
 
 
 @pytest.fixture
-def power_cut_at(monkeypatch):
+def power_cut_at(no_trial, monkeypatch):
     """power_cut_at(n) ends training in its n-th step."""
 
     def arrange(n):
@@ -3819,7 +3880,9 @@ def heeds_signals():
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("at, status", [(1, 130), (2, 130), (3, 0)])
-def test_a_signal_ends_training_after_its_step(at, status, number, folder, heeds_signals, monkeypatch, capsys):
+def test_a_signal_ends_training_after_its_step(
+    at, status, number, folder, heeds_signals, no_trial, monkeypatch, capsys
+):
     """A signal during step 1 or 2 of 3: the step is finished and saved, one line says how to resume, exit status 130.
     No grid is drawn after it. During the last step the run just ends. The signal handlers of before are restored, and
     the run resumes."""
@@ -4102,7 +4165,7 @@ def test_an_interruption_elsewhere_is_one_line(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "ddpm.py: interrupted\n"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder, no_trial, monkeypatch, capsys):
     """NaN at step 5 (counted from 0) of a run that logs every 4 steps and saved at 4: exit status 2, (seed, step) is
     named, and the checkpoint is still that of step 4."""
     original, steps = ddpm.GaussianDiffusion.p_losses, []
@@ -4158,7 +4221,7 @@ def test_labels_are_learned_unless_told_otherwise(folder):
     saved = train(steps=1)
     assert saved["num_classes"] == 10
     parts = {"model", "ema", "optimizer", "step", "config"}
-    assert set(saved) == parts | {"image_channels", "num_classes", "classes", "images"}
+    assert set(saved) == parts | {"image_channels", "num_classes", "classes", "images", "checksum"}
     assert saved["classes"] == list("0123456789")
     assert not [name for name in [*saved["model"], *saved["ema"]] if "alphas" in name or "betas" in name]
     assert train(steps=1, conditional=False)["num_classes"] is None
@@ -4335,6 +4398,10 @@ def test_two_processes_are_algorithm_1_too(folder, start):
     shared = [path.read_bytes() for path in files]
     assert cli(*sampling) == 0
     assert shared == [path.read_bytes() for path in files]
+    files[0].unlink()
+    sampling.remove("--individual")
+    assert both(*sampling) == ["two/samples.png"]
+    assert files[0].read_bytes() == shared[0]
     assert cli("--train", "--resume", "--steps", 4, "--out", "two") == 0
     assert read("two")["step"] == 4
 
@@ -4348,7 +4415,7 @@ def test_a_batch_is_shared_evenly_or_refused(folder, monkeypatch):
     assert not list(folder.iterdir())
 
 
-def test_each_process_has_its_own_batch(folder, monkeypatch):
+def test_each_process_has_its_own_batch(folder, no_trial, monkeypatch):
     """torchrun numbers processes by RANK: with another rank the first batch is another one."""
     seen = []
 
@@ -4535,6 +4602,7 @@ def count_host_reads():
         patch.setattr(ddpm, "pick_device", lambda name=None: torch.device("pretended", 0))
         patch.setattr(ddpm, "autocast", lambda config, device: contextlib.nullcontext())
         patch.setattr(ddpm, "atomic_write", lambda path, save: None)
+        patch.setattr(ddpm, "try_step", lambda *_: None)
         patch.setattr(ddpm.TrainingLog, "compare", lambda *_: None)  # reads losses, as often as a grid is drawn
         patch.setattr(ddpm.GaussianDiffusion, "p_losses", marked)
         with PretendedGPU():
@@ -4708,7 +4776,9 @@ def test_the_network_compiles_as_one_graph():
 
 def test_too_little_memory_or_no_compiler_is_one_line(folder, monkeypatch, capsys):
     """Memory, as CUDA and as the CPU's allocator report it, and a torch.compile that fails: exit status 2 and what
-    would help."""
+    would help. The earlier run is where it was."""
+    train(steps=1)
+    earlier = sorted(Path("runs").rglob("*"))
 
     def exhausted(self, *batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total of 8.00 GiB.")
@@ -4733,6 +4803,7 @@ def test_too_little_memory_or_no_compiler_is_one_line(folder, monkeypatch, capsy
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"ddpm.py: error: torch.compile fails \(.*no compiler to be found.*--no-compile", line)
     assert len(line) < 280
+    assert sorted(Path("runs").rglob("*")) == earlier
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory: run it on Linux")
