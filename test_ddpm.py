@@ -32,6 +32,7 @@ import io
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -4152,6 +4153,54 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(folder, capsys):
         path.write_bytes(bytes(damaged))
         assert cli("--sample", 1) == 2
         assert "runs/digits/checkpoint.pt is no checkpoint" in capsys.readouterr().err
+
+
+FOREIGN = dict(
+    torchscript=lambda path: torch.jit.script(nn.Linear(2, 2)).save(path),
+    legacy=lambda path: torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=False),
+    module=lambda path: torch.save(nn.Linear(2, 2), path),
+    pickle=lambda path: Path(path).write_bytes(pickle.dumps({"ema": Path("x")})),
+    text=lambda path: Path(path).write_text("weights\n"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of newer versions, when the file is made
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_files_in_the_place_of_weights_are_one_line(kind, folder, capsys):
+    """What other programs save under these names, as a checkpoint and as published weights: torch's warnings about it
+    are not shown."""
+    train(steps=1)
+    publish("published")
+    FOREIGN[kind]("runs/digits/checkpoint.pt")
+    FOREIGN[kind]("published/diffusion_pytorch_model.bin")
+    capsys.readouterr()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        for line, name in ((["--out", "runs/digits"], "runs/digits/checkpoint.pt"), (["--weights", "published"], "")):
+            assert cli("--sample", 1, *line) == 2
+            said = capsys.readouterr()
+            assert not said.out
+            assert re.match(f"ddpm.py: error: .*{name or 'published'}.*\n$", said.err)
+    assert not [str(warning.message) for warning in shown]
+
+
+def test_a_mac_computes_on_the_cpu_what_its_gpu_has_no_kernel_for():
+    """torch reads PYTORCH_ENABLE_MPS_FALLBACK when it is imported; it is set before, unless the user has set it."""
+    code = """if True:
+        import os, sys
+        class Watch:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    print(os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK"))
+                    sys.exit()
+        sys.meta_path.insert(0, Watch())
+        import ddpm"""
+    for given, want in ((None, "1"), ("0", "0")):
+        environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_ENABLE_MPS_FALLBACK"}
+        if given:
+            environment["PYTORCH_ENABLE_MPS_FALLBACK"] = given
+        how = dict(cwd=HERE, env=environment, capture_output=True, text=True)
+        assert subprocess.run([sys.executable, "-c", code], **how).stdout == f"{want}\n"
 
 
 def test_an_interruption_elsewhere_is_one_line(folder, monkeypatch, capsys):
