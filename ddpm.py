@@ -359,8 +359,8 @@ class GaussianDiffusion(nn.Module):
 
     def dpm_solver_timesteps(self, steps):
         """Returns S = steps distinct timesteps, a list of ints decreasing from T−1, as evenly spaced in λ_t =
-        ½ log(ᾱ_t/(1−ᾱ_t)), half the logarithm of the signal-to-noise ratio, as rounding allows: S equal steps from
-        λ_{T−1} to λ_0, of which the end is left out: there a call of the model changes the image least."""
+        ½ log(ᾱ_t/(1−ᾱ_t)), half the logarithm of the signal-to-noise ratio, as rounding allows. They are the starts of
+        S equal steps from λ_{T−1} to λ_0; λ_0 itself, where a call changes the image by few grey levels, is none."""
         self._check_steps(steps)
         lambdas = np.array(self._lambdas)
         timesteps = [self.timesteps - 1]
@@ -374,7 +374,7 @@ class GaussianDiffusion(nn.Module):
         """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
         from that at t and that at r, the timestep before: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with h = λ_s − λ_t
         and h′ = λ_t − λ_r; ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to x_0 where
-        λ = ∞, are DDIM's. The error falls as 1/S²."""
+        λ = ∞, are DDIM's. The error at the last timestep falls as 1/S²."""
         timesteps = self.dpm_solver_timesteps(steps)
         x_start_r = None  # x̂_0 at r
         for r, t, s in zip([None, *timesteps[:-1]], timesteps, [*timesteps[1:], -1], strict=True):
@@ -906,8 +906,8 @@ def start_training(config, state, images, labels, diffusion):
 
 
 def try_step(network, diffusion, config, state, images, labels):
-    """Compute the gradients of one batch and drop them, so that too little memory, or a compiler that does not work,
-    shows before an earlier run is renamed."""
+    """Compute the gradients of one batch and drop them, so that a batch that is too large for the memory, or a compiler
+    that does not work, shows before an earlier run is renamed."""
     _, world_size = rank_and_world_size()
     chosen = torch.arange(config.batch_size // world_size, device=images.device) % len(images)
     x_start = to_model(images[chosen])
@@ -1089,6 +1089,9 @@ def sample(run, count, seed=0, **options):
         raise ValueError(f"--sample must lie in 1…{10**9}, got {count}")
     out = Path(run.config.out)
     check_output(out, options.individual)
+    if count > SHOWN and not options.individual:
+        print(f"{out}/samples.png shows {SHOWN:,} images at most; --individual draws and writes all {count:,}")
+        count = SHOWN
     batches = math.ceil(count / options.sampling_batch)
     size = math.ceil(count / batches)
 
@@ -1101,33 +1104,28 @@ def sample(run, count, seed=0, **options):
         columns = run.model.num_classes
 
     # Every process draws its share of the batches; with --individual, into files
-    rank, world_size = rank_and_world_size()
-    with lock_folder(out, "sampling") if rank == 0 else contextlib.nullcontext():
-        drawn = {}
-        if options.individual:
-            drawn = ImageStore(out, run, size, seed, options)
+    rank, _ = rank_and_world_size()
+    with lock_folder(out, "sampling") if rank == 0 else contextlib.nullcontext(), joined_processes():
         try:
+            drawn = ImageStore(out, run, size, seed, options) if options.individual else {}
             frames = draw_batches(run, drawn, batches, size, labels, seed, options)
+            gather_batches(drawn)
+            if rank > 0:
+                return []
+            images = itertools.chain.from_iterable(drawn[i] for i in range(batches))
+            paths = write_samples(out, itertools.islice(images, count), columns, options.individual, frames)
         except KeyboardInterrupt:
             if not options.individual:
                 raise
             raise KeyboardInterrupt("interrupted; repeat the command to draw the remaining images") from None
-        if world_size > 1:
-            drawn = gather_batches(drawn)
-
-        # Rank 0 writes
-        if rank > 0:
-            return []
-        images = itertools.chain.from_iterable(drawn[i] for i in range(batches))
-        paths = write_samples(out, itertools.islice(images, count), columns, options.individual, frames)
         if options.individual:
             drawn.remove()
         return paths
 
 
 def draw_batches(run, drawn, batches, size, labels, seed, options):
-    """Draw this process's share of the batches into drawn, which maps i to the uint8 images of batch i; what is there
-    is not drawn again. Returns every x_t of batch 0 if options.animate."""
+    """Draw this process's share of the batches into drawn, which maps i to the uint8 images of batch i. What is there
+    is not drawn again, but for batch 0 with options.animate, of which every x_t is returned."""
     rank, world_size = rank_and_world_size()
     hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
     how = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
@@ -1882,17 +1880,27 @@ def share_between_processes(model, device):
     return nn.parallel.DistributedDataParallel(model), control
 
 
-def gather_batches(drawn):
-    """Waits for all processes. Returns their {i: images of batch i} as one dictionary; an ImageStore has them all."""
+@contextlib.contextmanager
+def joined_processes():
+    """Context manager in which several processes can wait for each other, for days if need be."""
     _, world_size = rank_and_world_size()
-    stored = isinstance(drawn, ImageStore)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # a process may draw for long
-    gathered = [None] * world_size
-    dist.all_gather_object(gathered, None if stored else drawn)
-    dist.destroy_process_group()
-    if stored:
-        return drawn
-    return {i: pixels for part in gathered for i, pixels in part.items()}
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    yield
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def gather_batches(drawn):
+    """Wait for all processes, and copy their {i: images of batch i} into that of rank 0; an ImageStore has them all."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return
+    parts = [None] * world_size if rank == 0 else None
+    dist.gather_object({} if isinstance(drawn, ImageStore) else drawn, parts)
+    for part in parts or []:
+        for i, pixels in part.items():
+            drawn[i] = pixels
 
 
 @contextlib.contextmanager
@@ -2007,13 +2015,16 @@ def check_output(out, individual):
             raise ValueError(f"{folder} holds {min(others)}; --sample writes 00000.png, 00001.png, …: move it away")
 
 
+SHOWN = 1024  # images in samples.png, at most
+
+
 def write_samples(out, images, columns, individual, frames):
     """Write samples.png and, if wanted, the folder individual and samples.gif. images is an iterator over uint8
     (C, H, W). Returns the paths written."""
-    # The grid, of at most 1,024 images
+    # The grid
     (out / SAMPLES_MARK).touch()
     paths = [out / "samples.png"]
-    shown = list(itertools.islice(images, 1024))
+    shown = list(itertools.islice(images, SHOWN))
     grid = make_grid_image(torch.stack(shown), columns)
     atomic_write(paths[0], functools.partial(grid.save, format="PNG"))
 
@@ -2045,9 +2056,9 @@ def write_samples(out, images, columns, individual, frames):
 
 
 class ImageStore:
-    """The batches that --individual has drawn so far, by their number, as files in the folder .drawn of the run: they
-    need no memory, and a call that was stopped can be repeated to draw the others. What was drawn with other weights,
-    another seed or other options is not found."""
+    """Maps i to the images of batch i, which --individual keeps as files in the folder .drawn of the run: memory does
+    not grow with their number, and a call that was stopped can be repeated to draw the others. What was drawn with
+    other weights, another seed or other options is removed. All processes need the same folder."""
 
     def __init__(self, out, run, size, seed, options):
         # What the images depend on
@@ -2059,10 +2070,17 @@ class ImageStore:
             del how[name]
         note = json.dumps({**how, "weights": weights, "seed": seed, "size": size}).encode()
 
-        # A folder named after it
+        # A folder named after it, which rank 0 makes and the others find
         self.root = out / ".drawn"
         self.folder = self.root / hashlib.sha256(note).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        rank, world_size = rank_and_world_size()
+        if rank == 0 and not self.folder.is_dir():
+            self.remove()
+            self.folder.mkdir(parents=True)
+        if world_size > 1:
+            dist.barrier()
+        if not self.folder.is_dir():
+            raise ValueError(f"the process of rank {rank} finds another run in {out} than that of rank 0")
 
     def path(self, i):
         """The file of batch i."""
@@ -2137,7 +2155,7 @@ class TrainingState:
         if rank == 0 and checkpoint["images"] not in (None, self.images):
             print(f"{config.data} has {self.images:,} images to train on; it had {checkpoint['images']:,}")
         elif rank == 0 and checkpoint["checksum"] not in (None, self.checksum):
-            print(f"the images of {config.data}, or their labels, have changed since the run's last checkpoint")
+            print(f"the images of {config.data} as read, or their labels, have changed since the run's last checkpoint")
 
     def restore_optimizer(self, state):
         """Load Adam's moments. Raises almost anything if they do not fit the weights."""
@@ -2263,7 +2281,7 @@ def resolve(path):
 
 def check_new_run(config):
     """Raise ValueError if no label would be learned, if what a training reads lies in its run's folder, which a later
-    run renames, or if the folder holds something else than an earlier run, or one that can't be renamed."""
+    run renames, or if a log.csv or checkpoint.pt there is not a run's, or if the current folder lies in that run's."""
     if config.conditional and config.label_dropout == 1:
         raise ValueError("label_dropout must be below 1: --no-conditional learns no labels")
     out = resolve(config.out)
@@ -2292,11 +2310,10 @@ def start_folder(out, first_step):
     rows = []
     if first_step > 0:
         rows = read_rows(out / "log.csv", first_step)
-    else:
-        if (out / "checkpoint.pt").exists():
-            with lock_folder(out, "sampling"):
-                pass  # no samples are drawn from the earlier run
-            print(f"the earlier run in {out} is now {rename_folder(out)}")
+    elif (out / "checkpoint.pt").exists():
+        with lock_folder(out, "sampling"):
+            pass  # no samples are drawn from the earlier run
+        print(f"the earlier run in {out} is now {rename_folder(out)}")
 
     # The folder, and log.csv in it
     out.mkdir(parents=True, exist_ok=True)
@@ -2422,7 +2439,7 @@ class TrainingLog:
         self.history = []
         self.compared = ["", ""]
         self.since = time.perf_counter()
-        self.timed_from = first_step + 5  # the first steps also compile the network
+        self.timed_from = first_step + 5  # the first steps are slower
         self.timed_since = None
 
     @contextlib.contextmanager
