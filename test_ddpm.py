@@ -2635,7 +2635,9 @@ def test_sampling_that_was_stopped_goes_on(folder, monkeypatch):
     assert draw(None) == (0, 4)
     assert draw(3) == (130, 3)
     assert draw(None, "--seed", 1) == (0, 4)
+    assert draw(3, "--seed", 1) == (130, 3)
     assert draw(3) == (130, 3)
+    assert len(list(Path("runs/digits/.drawn").iterdir())) == 1
     assert cli("--train", "--resume", "--steps", 2) == 0
     assert draw(None) == (0, 4)
     assert draw(3) == (130, 3)
