@@ -456,6 +456,7 @@ class GaussianDiffusion(nn.Module):
     # -- Calling the model, and argument checks --
     def _predict(self, model, x_t, t):
         """Returns ε_θ(x_t, t), and v (None if the variance is fixed), in x_t's dtype."""
+        # The call, and checks of what is returned
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
         prediction = model(x_t, t)
         if not torch.is_tensor(prediction):
@@ -465,10 +466,14 @@ class GaussianDiffusion(nn.Module):
         if prediction.shape != (len(x_t), channels, *x_t.shape[2:]):
             inputs = f"with variance={self.variance_type} and x_t {tuple(x_t.shape)}"
             raise ValueError(f"{inputs} the model must return {channels} channels, got {tuple(prediction.shape)}")
+
+        # v of a learned variance
         v = None
         if self.variance_type == "learned_range":
             prediction, v = prediction.chunk(2, dim=1)
-        if self.prediction_type == "velocity":  # ε = √ᾱ_t velocity + √(1−ᾱ_t) x_t
+
+        # ε = √ᾱ_t velocity + √(1−ᾱ_t) x_t
+        if self.prediction_type == "velocity":
             if x_t.dtype in (torch.float16, torch.bfloat16):  # Eq. 15 would magnify the rounding of this sum
                 raise ValueError(f"a velocity needs x_t in float32 or float64, got {x_t.dtype}")
             noise_part = extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
@@ -481,6 +486,7 @@ class GaussianDiffusion(nn.Module):
 
     def _check(self, x, t, *others):
         """Raise ValueError for what PyTorch would accept silently: shapes that broadcast, negative t."""
+        # Images and noise
         if not x.is_floating_point():
             raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
         for other in others:
@@ -490,6 +496,8 @@ class GaussianDiffusion(nn.Module):
                 raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
             if not other.is_floating_point():
                 raise ValueError(f"noise and images must be floats, got {other.dtype}")
+
+        # t
         if isinstance(t, (int, np.integer)):
             in_range = 0 <= t < self.timesteps
         elif not torch.is_tensor(t):
@@ -1080,7 +1088,7 @@ def sample(run, count, seed=0, **options):
 
     Image i depends on seed and i only, to rounding: not on the count, the batches, or the processes that share them.
     Batches are equally large, so that a compiled network sees one shape."""
-    # Checks, and batches
+    # Checks
     options = Sampling(**options)
     check_sampling(options, run)
     count = operator.index(count)
@@ -1089,8 +1097,12 @@ def sample(run, count, seed=0, **options):
         raise ValueError(f"--sample must lie in 1…{10**9}, got {count}")
     out = Path(run.config.out)
     check_output(out, options.individual)
+
+    # Batches
+    rank, _ = rank_and_world_size()
     if count > SHOWN and not options.individual:
-        print(f"{out}/samples.png shows {SHOWN:,} images at most; --individual draws and writes all {count:,}")
+        if rank == 0:
+            print(f"{out}/samples.png shows {SHOWN:,} images at most; --individual draws and writes all {count:,}")
         count = SHOWN
     batches = math.ceil(count / options.sampling_batch)
     size = math.ceil(count / batches)
@@ -1104,7 +1116,6 @@ def sample(run, count, seed=0, **options):
         columns = run.model.num_classes
 
     # Every process draws its share of the batches; with --individual, into files
-    rank, _ = rank_and_world_size()
     with lock_folder(out, "sampling") if rank == 0 else contextlib.nullcontext(), joined_processes():
         try:
             drawn = ImageStore(out, run, size, seed, options) if options.individual else {}
@@ -1112,6 +1123,7 @@ def sample(run, count, seed=0, **options):
             gather_batches(drawn)
             if rank > 0:
                 return []
+            # Rank 0 writes
             images = itertools.chain.from_iterable(drawn[i] for i in range(batches))
             paths = write_samples(out, itertools.islice(images, count), columns, options.individual, frames)
         except KeyboardInterrupt:
@@ -1134,6 +1146,7 @@ def draw_batches(run, drawn, batches, size, labels, seed, options):
         animate = options.animate and i == 0
         if i in drawn and not animate:
             continue
+        # From x_T to x_0
         batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
         trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling") + i * size, **how)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
@@ -1480,12 +1493,14 @@ def convert_option(value, kind, name):
     Path, too. Raises ValueError if it is none of that kind."""
     wrong = ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
     try:
+        # Numbers
         if kind is bool and isinstance(value, (bool, np.bool_)):
             return bool(value)
         if kind is int and not isinstance(value, bool):
             return operator.index(value)
         if kind is float and not isinstance(value, (bool, str)):
             return float(value)
+        # Tuples, and text
         if kind is tuple and not isinstance(value, str):
             return tuple(operator.index(number) for number in value)
         if kind is str and isinstance(value, (str, os.PathLike, int, np.integer)):
@@ -1959,7 +1974,8 @@ def atomic_write(path, save):
 
 def write_folder(path, save):
     """Call save(folder) on an empty temporary folder, then rename it to path, replacing what is there."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")  # a name of its own for each writer
+    # The new folder, with a name of its own for each writer
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     temporary.mkdir(parents=True)
     try:
         save(temporary)
@@ -1968,6 +1984,8 @@ def write_folder(path, save):
         if isinstance(error, Exception):  # safetensors has one of its own for a full disk
             raise OSError(f"{path} can't be written ({in_one_line(error)})") from None
         raise
+
+    # In the place of the old one
     try:
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
@@ -2284,6 +2302,8 @@ def check_new_run(config):
     run renames, or if a log.csv or checkpoint.pt there is not a run's, or if the current folder lies in that run's."""
     if config.conditional and config.label_dropout == 1:
         raise ValueError("label_dropout must be below 1: --no-conditional learns no labels")
+
+    # What the folder holds
     out = resolve(config.out)
     for name in ("log.csv", "checkpoint.pt"):
         if (out / name).exists() and not is_run(out):
@@ -2291,6 +2311,8 @@ def check_new_run(config):
     here = resolve(".")
     if (out / "checkpoint.pt").exists() and out in (here, *here.parents):
         raise ValueError(f"the run in {config.out} can't be renamed from inside: --out names another folder")
+
+    # What the training reads
     for name in ("data", "weights"):
         given = getattr(config, name)
         if given in DATA_SETS or given is None:
@@ -2323,11 +2345,14 @@ def start_folder(out, first_step):
 def rename_folder(folder):
     """Rename a folder to NAME-1, NAME-2, … and make a new one; of a link, the target. A mounted disk can't be renamed:
     there the files of the run are moved into a folder of that name on it. Returns the new path."""
+    # The first number that is free
     if folder.is_symlink():
         folder = resolve(folder)
     n = 1
     while folder.with_name(f"{folder.name}-{n}").exists() or (folder / f"{folder.name}-{n}").exists():
         n += 1
+
+    # Renamed, or the files moved
     try:
         renamed = folder.rename(folder.with_name(f"{folder.name}-{n}"))
         folder.mkdir()
@@ -2465,12 +2490,14 @@ class TrainingLog:
 
     def foretell(self):
         """Print, once, how long the rest of the training will take, if that is a minute or more, and its memory."""
+        # How long
         steps_per_second = (self.done - self.timed_from) / (time.perf_counter() - self.timed_since)
         self.timed_since = None
         seconds = (self.config.steps - self.done) / steps_per_second
         rank, _ = rank_and_world_size()
         if rank > 0 or seconds < 60:
             return
+        # The line
         text = f"{steps_per_second:.3g} steps/s: {in_words(seconds)} to go"
         if seconds > 3600:
             steps = self.done + 3600 * steps_per_second
