@@ -10,8 +10,8 @@ The first half of the file holds the experiments: the paper's tables and figures
 The second half holds the timings. Each is a median, and is also reported relative to what the machine can do in the
 same run. "of the matrix rate" is the number of floating-point operations per second, counted by torch, divided by that
 of a large matrix product on the same device in the same precision (bfloat16 where ddpm.py would use it). "diffusers'
-time / ours" divides medians measured alternately; diffusers runs with its defaults, eager and in float32. Times depend
-on the machine and its load; these two ratios hardly do.
+time / ours" divides medians measured alternately; diffusers runs with its defaults, eager and in float32, but for
+the rows named "tuned". Times depend on the machine and its load; these two ratios hardly do.
 """
 
 import argparse
@@ -20,8 +20,9 @@ import copy
 import csv
 import dataclasses
 import functools
+import math
 import multiprocessing
-import resource
+import os
 import statistics
 import tempfile
 import time
@@ -126,8 +127,8 @@ def short_runs(settings, **changes):
 
 def read_log(out, column):
     """The steps and one column of log.csv in the folder of a run, as two lists; without the rows where it is empty."""
-    with open(Path(out) / "log.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row[column]]
+    lines = ddpm.read_rows(Path(out) / "log.csv", math.inf)
+    rows = [row for row in csv.DictReader([ddpm.LOG_HEADER, *lines]) if row[column]]
     steps = [int(row["step"]) for row in rows]
     values = [float(row[column]) for row in rows]
     return steps, values
@@ -797,6 +798,8 @@ def training_cost(batch_size, image_size, device):
         )
         out = ddpm.train(config, watch=lambda run, step: None)
         _, images_per_second = read_log(out, "images_per_second")
+    import resource  # here, because Windows has none
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if ddpm.pick_device(device).type == "cuda":
         peak = torch.cuda.max_memory_allocated()
@@ -886,7 +889,8 @@ def new_parser():
 
 
 def main():
-    """Run the command line. User errors end with one line and exit status 2."""
+    """Run the command line. User errors end with one line and exit status 2, interruptions with status 130."""
+    ddpm.prepare_terminal()
     parser = new_parser()
     options = vars(parser.parse_args())
     name = options.pop("experiment")
@@ -896,21 +900,23 @@ def main():
     if name is None:
         parser.error("the name of an experiment is required; see --list")
 
-    # The experiment
+    # The experiment, and its figure or image
     start = time.perf_counter()
     try:
         settings = Settings(**options)
+        path = Path(settings.pictures) / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"--pictures {settings.pictures} is read-only")
         result = EXPERIMENTS[name](settings)
+        if isinstance(result, Image.Image):
+            result.save(path)
+        else:
+            result.savefig(path, dpi=90)
     except (ValueError, OSError) as error:
         parser.error(error)
-
-    # Its figure or image
-    path = Path(settings.pictures) / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(result, Image.Image):
-        result.save(path)
-    else:
-        result.savefig(path, dpi=90)
+    except KeyboardInterrupt as interruption:
+        parser.exit(130, f"bench_ddpm.py: {str(interruption) or 'interrupted'}\n")
     print(path)
     minutes = (time.perf_counter() - start) / 60
     print(f"{minutes:.1f} minutes, torch {torch.__version__}, {torch.get_num_threads()} threads")

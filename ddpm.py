@@ -1062,16 +1062,19 @@ class Run:
         return torch.arange(count) % self.model.num_classes
 
     def find_label(self, label):
-        """The number of a class, given by its name or its number. Raises ValueError if there is no such class."""
+        """The number of a class, given by its name or, unless other names are numbers, by its number. Raises ValueError
+        if there is no such class."""
         names = self.classes or []
+        numbers = [str(i) for i in range(self.model.num_classes)]
         if label in names:
             return names.index(label)
-        count = self.model.num_classes
-        if str(label).isdecimal() and int(label) < count:
+        if names != numbers and any(name.isdecimal() for name in names):
+            raise ValueError(f"--label must be one of {', '.join(names)}, got {label}")
+        if str(label) in numbers:
             return int(label)
         words = [name for name in names if name and not name.isdecimal()]
         known = f" or be one of {', '.join(words)}" if words else ""
-        raise ValueError(f"--label must lie in 0…{count - 1}{known}, got {label}")
+        raise ValueError(f"--label must lie in 0…{numbers[-1]}{known}, got {label}")
 
     def grid(self, step):
         """Write a grid of samples, with a column for each class, named after the training step."""
@@ -1263,10 +1266,13 @@ def load_torchvision(name, split):
         writable = os.access(folder, os.W_OK)
         with FileLock(folder / ".lock") if writable else contextlib.nullcontext():
             dataset = getattr(datasets, TORCHVISION[name])(str(folder), train=split != "test", download=True)
-    except (OSError, RuntimeError) as error:
+        if len(dataset.targets) != len(dataset.data):
+            raise ValueError(f"{len(dataset.data)} images and {len(dataset.targets)} labels")
+    except Exception as error:  # a damaged file may raise almost anything
         raise ValueError(
-            f"{name} is not in data/ and can't be downloaded ({error}); without a network use --data digits or "
-            "--data FOLDER, or put torchvision's files into data/"
+            f"{name} can be neither read from data/ nor downloaded ({in_one_line(error) or type(error).__name__}); "
+            "delete its files there if they are damaged; without a network use --data digits or --data FOLDER, or put "
+            "torchvision's files into data/"
         ) from None
 
     # Channels first
@@ -1315,7 +1321,9 @@ def load_folder(folder, image_size):
     # Their pixels, and which are held out
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     held_out = torch.empty(len(paths), dtype=torch.bool)
-    for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=None)):
+    rank, _ = rank_and_world_size()
+    hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
+    for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=hide_bar)):
         images[i] = read_image(path, image_size)
         held_out[i] = zlib.crc32(path.read_bytes()) % 10 == 0
     if all((image == image[:1]).all() for image in images):
@@ -1333,17 +1341,18 @@ def load_folder(folder, image_size):
     return Data(images, labels, classes, held_out, skipped)
 
 
+SAMPLES = ("samples.png", "samples.gif", "individual")  # what --sample writes
 SAMPLES_MARK = ".samples"  # a file of this name marks a folder into which samples were written
 
 
 def find_files(folder, parents=()):
-    """The files below a folder in natural order, links followed. Hidden ones, runs, and subfolders of samples are left
-    out."""
+    """The files below a folder in natural order, links followed. Hidden ones, runs and samples are left out."""
     real = resolve(folder)
-    if real in parents or is_run(folder) or (parents and (folder / SAMPLES_MARK).exists()):
+    if real in parents or is_run(folder):
         return
+    left_out = SAMPLES if (folder / SAMPLES_MARK).exists() else ()
     for path in sorted(folder.iterdir(), key=lambda path: natural_order(path.name)):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or path.name in left_out:
             continue
         if path.is_dir():
             yield from find_files(path, (*parents, real))
@@ -1388,13 +1397,14 @@ def read_image(path, image_size):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = decode_image(path)
+        # On white, then resized and cropped
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
     except Exception as error:
-        raise ValueError(f"{path} can't be read as an image: {in_one_line(error)}") from None
-
-    # On white, then resized and cropped
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
-    return image_to_pixels(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
+        reason = in_one_line(error) or type(error).__name__
+        raise ValueError(f"{path} can't be read as an image: {reason}") from None
+    return image_to_pixels(image)
 
 
 def load_training_data(config, device):
@@ -1619,7 +1629,11 @@ class Source:
     """What --sample, --evaluate and --export work on."""
 
     out: str = option(None, "the folder of a run", shown="the newest run in runs/")
-    data: str = option(None, "the run in runs/<data>, an alternative to --out", shown="none")
+    data: str = option(
+        None,
+        "the run in runs/<data>, an alternative to --out; with --evaluate and --out, where its data are now",
+        shown="none",
+    )
     weights: str = option(None, "a folder of published weights instead of a run", shown="none")
 
 
@@ -1639,7 +1653,7 @@ class Sampling:
     guidance: float = option(0.0, "weight of classifier-free guidance; 0 is none", -1000, 1000)
     label: str = option(None, "the class to draw, by name or number", shown="all in turn")
     unconditional: bool = option(False, "draw without labels")
-    sampling_batch: int = option(64, "images drawn at once", 1)
+    sampling_batch: int = option(64, "images drawn at once", 1, 100000)
     individual: bool = option(False, "also write every image as a PNG of its own")
     animate: bool = option(False, "also write the reverse process as a GIF")
 
@@ -2012,14 +2026,17 @@ def make_grid_image(pixels, columns=None):
 
 
 def check_output(out, individual):
-    """Make the folder for samples. Raises ValueError if it can't be written to, or if its folder individual, which is
-    replaced, holds other files than the images of an earlier call."""
+    """Make the folder for samples. Raises ValueError if it can't be written to, or if what would be replaced there is
+    not of an earlier call."""
     # The folder itself
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise ValueError(f"samples can't be written to {out}: it is read-only")
 
     # The files, and the folder individual
+    for name in SAMPLES:
+        if (out / name).exists() and not is_run(out) and not (out / SAMPLES_MARK).exists():
+            raise ValueError(f"{out / name} is not one of --sample: move it away, or name another folder with --out")
     for name in ("samples.png", "samples.gif"):
         if (out / name).is_dir():
             raise ValueError(f"{out / name} is a folder: move it away")
@@ -2227,7 +2244,10 @@ def load_tensors(path, device="cpu"):
 def check_checkpoint(checkpoint, out):
     """Turn the settings of a checkpoint into a Config. Raises almost anything if a part is missing, has another type,
     or does not fit the network of that Config."""
-    # Settings and numbers
+    # Settings and numbers; "prediction" is newer than the others
+    missing = {field.name for field in dataclasses.fields(Config)} - {"prediction", *checkpoint["config"]}
+    if missing:
+        raise ValueError(f"config has no {min(missing)}")
     checkpoint["config"] = Config(**dict(checkpoint["config"], out=str(out)))
     for name in ("images", "checksum", "classes"):  # which earlier versions did not write
         checkpoint.setdefault(name, None)
@@ -2249,6 +2269,9 @@ def check_checkpoint(checkpoint, out):
         if differing:
             name = differing[0]
             raise ValueError(f"{part}: {name} is {found.get(name)}, not {wanted.get(name)}")
+        integers = [name for name, weight in checkpoint[part].items() if not weight.is_floating_point()]
+        if integers:
+            raise ValueError(f"{part}: {integers[0]} holds integers")
     # The optimizer's state is checked when it is restored.
     if not isinstance(checkpoint["optimizer"], dict):
         raise ValueError(f"optimizer is {checkpoint['optimizer']!r}")
@@ -2342,9 +2365,12 @@ def start_folder(out, first_step):
     atomic_write(out / "log.csv", lambda file: file.write("".join([LOG_HEADER, *rows]).encode()))
 
 
+RUN_FILES = ("checkpoint.pt", "log.csv", "samples-*.png", *SAMPLES)  # what a run's folder holds
+
+
 def rename_folder(folder):
-    """Rename a folder to NAME-1, NAME-2, … and make a new one; of a link, the target. A mounted disk can't be renamed:
-    there the files of the run are moved into a folder of that name on it. Returns the new path."""
+    """Rename a folder to NAME-1, NAME-2, … and make a new one; of a link, the target. If it holds other files, too, or
+    is a mounted disk, the files of the run are moved into a folder of that name in it. Returns the new path."""
     # The first number that is free
     if folder.is_symlink():
         folder = resolve(folder)
@@ -2352,16 +2378,19 @@ def rename_folder(folder):
     while folder.with_name(f"{folder.name}-{n}").exists() or (folder / f"{folder.name}-{n}").exists():
         n += 1
 
-    # Renamed, or the files moved
-    try:
-        renamed = folder.rename(folder.with_name(f"{folder.name}-{n}"))
-        folder.mkdir()
-    except OSError:
-        renamed = folder / f"{folder.name}-{n}"
-        renamed.mkdir()
-        for pattern in ("checkpoint.pt", "log.csv", "samples*.png", "samples.gif", "individual"):
-            for path in list(folder.glob(pattern)):
-                path.rename(renamed / path.name)
+    # Renamed
+    written = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    if not [path for path in folder.iterdir() if path not in written and not path.name.startswith(".")]:
+        with contextlib.suppress(OSError):
+            renamed = folder.rename(folder.with_name(f"{folder.name}-{n}"))
+            folder.mkdir()
+            return renamed
+
+    # Or the files moved
+    renamed = folder / f"{folder.name}-{n}"
+    renamed.mkdir()
+    for path in written:
+        path.rename(renamed / path.name)
     return renamed
 
 
@@ -2396,6 +2425,8 @@ def check_memory(config, device):
     with autocast(config, device):
         number = 2 if torch.is_autocast_enabled(device.type) else 4  # bytes
     kept = 6 if device.type == "cpu" and not config.compile else 4
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in build_network(config, 1, None).parameters())
     needed = 0
     for size, mult in zip(level_sizes(config), config.dim_mults, strict=True):
         blocks = 2 * config.num_res_blocks + 1
@@ -2403,6 +2434,7 @@ def check_memory(config, device):
     if device.type == "cuda":  # a GPU for each process
         _, world_size = rank_and_world_size()
         needed /= world_size
+    needed += 5 * 4 * weights  # gradients, the EMA and Adam's two moments, too
     memory = total_memory(device)
     if needed > memory:
         raise ValueError(
@@ -2505,7 +2537,8 @@ class TrainingLog:
         memory = peak_memory(self.device)
         if memory is not None:
             text += f"; memory {memory:.1f} GiB"
-        tqdm.write(text)
+        with contextlib.suppress(OSError):  # a reader that has gone, as head does, does not end the training
+            tqdm.write(text)
 
     @torch.no_grad()
     def compare(self, state, diffusion):
@@ -3024,7 +3057,12 @@ def run_train(given):
                     raise ValueError(f"{as_flag(name)} does not go with --weights, which have their own")
             defaults.update(shape)
             defaults.update({"schedule": "linear", "prediction": "noise", **published_schedule(given["weights"])})
-        out = train(preset(**{**defaults, **settings}, name=given.get("preset")))
+        config = preset(**{**defaults, **settings}, name=given.get("preset"))
+        if "label_dropout" in given and not config.conditional:
+            raise ValueError(
+                "--label-dropout goes with labels, which --no-conditional does not learn: add --conditional"
+            )
+        out = train(config)
 
     # What to do next
     rank, _ = rank_and_world_size()
@@ -3070,18 +3108,25 @@ def run_export(given):
         print("its second half of the channels is v; diffusers' DDPMScheduler expects 2 v - 1")
 
 
-def main(arguments=None):
-    """Run the command line. User errors end with one line and exit status 2, interruptions with status 130."""
-    # A place to print to
+def prepare_terminal():
+    """Let a terminal that has no β print ? in its place, and replace streams that are closed."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
         if hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")  # a terminal that has no β prints ? in its place
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def main(arguments=None):
+    """Run the command line. User errors end with one line and exit status 2, interruptions with status 130."""
+    prepare_terminal()
 
     # The mode, or the line that says what is wrong
+    less = "fewer images need less"
     try:
         mode, given = parse(sys.argv[1:] if arguments is None else arguments)
+        if mode != "evaluate":
+            less = f"a smaller --{'sampling-batch' if mode == 'sample' else 'batch-size'} needs less"
         keep_freed_memory()
         if not 0 <= given.get("seed", 0) < 2**32:
             raise ValueError(f"--seed must lie in 0…{2**32 - 1}, got {given['seed']}")
@@ -3108,7 +3153,7 @@ def main(arguments=None):
         line = str(interruption) or "interrupted"
     except torch.OutOfMemoryError as error:
         status = 2
-        line = f"error: {str(error).split('. ')[0]}; a smaller --batch-size or --sampling-batch needs less"
+        line = f"error: {str(error).split('. ')[0]}; {less}"
     except torch._dynamo.exc.TorchDynamoException as error:
         status = 2
         line = f"error: torch.compile fails ({in_one_line(error)}); use --no-compile"
@@ -3116,7 +3161,6 @@ def main(arguments=None):
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         status = 2
-        less = "a smaller --batch-size, --sampling-batch or --image-size needs less"
         line = f"error: not enough memory ({in_one_line(error) or 'MemoryError'}); {less}"
     print(f"ddpm.py: {' '.join(line.splitlines())}", file=sys.stderr)
     sys.exit(status)

@@ -29,6 +29,7 @@ import errno
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -2716,13 +2717,41 @@ def test_samples_are_not_taken_for_data(folder, capsys):
     assert cli(*line) == 0
     assert len(ddpm.read_data("images", 8).images) == 1
     assert cli(*line[:-1], "images") == 0
-    Path("images/samples.png").unlink()
-    shutil.rmtree("images/individual")
-    assert len(ddpm.read_data("images", 8).images) == 1  # the folder that was named is read
+    assert len(ddpm.read_data("images", 8).images) == 1
+    save(folder / "images" / "drawn" / "b.png", size=(8, 8))
+    assert len(ddpm.read_data("images", 8).images) == 2  # an image beside samples is one of the user's
     Path("images/drawn/samples.png").unlink()
     Path("images/drawn/samples.png").mkdir()
     assert cli(*line) == 2
     assert "images/drawn/samples.png is a folder: move it away" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["samples.png", "samples.gif", "individual/00000.png"])
+def test_pictures_that_are_not_samples_are_not_overwritten(name, folder, capsys):
+    """In a folder that is no run, and into which nothing was sampled."""
+    publish("small")
+    save(folder / "mine" / name, size=(8, 8))
+    before = Path("mine", name).read_bytes()
+    line = ["--sample", 1, "--weights", "small", "--sampling-steps", 1, "--individual", "--out"]
+    assert cli(*line, "mine") == 2
+    first = name.split("/")[0]
+    assert f"mine/{first} is not one of --sample: move it away, or name another folder" in capsys.readouterr().err
+    assert Path("mine", name).read_bytes() == before
+    assert cli(*line, "other") == cli(*line, "other") == 0
+
+
+def test_other_files_stay_when_a_run_is_renamed(folder, capsys):
+    """The files of the earlier run are moved into a folder of its own beside them."""
+    train(steps=1)
+    Path("runs/digits/thesis.txt").write_text("mine")
+    Path("runs/digits/pictures").mkdir()
+    train(steps=2)
+    assert "the earlier run in runs/digits is now runs/digits/digits-1" in capsys.readouterr().out
+    assert Path("runs/digits/thesis.txt").read_text() == "mine"
+    assert Path("runs/digits/pictures").is_dir()
+    assert [read(out)["step"] for out in ("runs/digits/digits-1", "runs/digits")] == [1, 2]
+    assert len(log_of("runs/digits")) == 1
+    assert [path.name for path in Path("runs").iterdir() if path.name[0] != "."] == ["digits"]
 
 
 def test_where_samples_cant_be_written_is_said_first(folder, monkeypatch, capsys):
@@ -3229,6 +3258,31 @@ def test_resuming_mentions_images_that_have_changed(changed, folder, capsys):
     assert (line in capsys.readouterr().out.splitlines()) == (changed is not None)
 
 
+def test_classes_named_by_numbers_are_chosen_by_name(folder, capsys):
+    """Of folders 1, 2 and 3, number 0 is 1: --label takes the names alone."""
+    run = types.SimpleNamespace(classes=["1", "2", "x"], model=types.SimpleNamespace(num_classes=3))
+    assert [ddpm.Run.find_label(run, name) for name in ("1", "2", "x")] == [0, 1, 2]
+    for label in ("0", 0, 1, "y"):
+        with pytest.raises(ValueError, match=f"--label must be one of 1, 2, x, got {label}$"):
+            ddpm.Run.find_label(run, label)
+    for names in (["0", "1", "2"], ["cats", "dogs", "x"], None):
+        run.classes = names
+        assert [ddpm.Run.find_label(run, label) for label in ("0", 1, "2")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("where", ["alpha_composite", "fit"])
+def test_too_little_memory_for_an_image_names_it(where, folder, monkeypatch):
+    """While its transparency is filled, and while it is resized."""
+
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    save(folder / "a.png")
+    monkeypatch.setattr(*dict(alpha_composite=(ddpm.Image, where), fit=(ddpm.ImageOps, where))[where], exhausted)
+    with pytest.raises(ValueError, match="a.png can't be read as an image: MemoryError"):
+        ddpm.read_image(Path("a.png"), 8)
+
+
 def test_a_folder_is_described_before_training(folder, capsys):
     """How many images of which colour and size, held out, not read; classes with their numbers of images. Training
     stores the names, --label takes them, and resuming refuses other classes and mentions other images."""
@@ -3320,6 +3374,34 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(folder, monkeypatch)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     with pytest.raises(ValueError, match="cifar10 .*Name or service not known.*--data digits"):
         ddpm.load_data("cifar10")
+
+
+DAMAGED_IDX = dict(
+    empty=lambda whole: b"",
+    header=lambda whole: b"\x13\x37" + whole[2:],
+    page=lambda whole: b"<!DOCTYPE html><title>404</title>",
+    dtype=lambda whole: whole[:2] + b"\x0d" + whole[3:],
+    cut=lambda whole: whole[:-1],
+    fewer=lambda whole: whole[:7] + b"\x03" + whole[8:11],  # three labels for four images
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGED_IDX)
+def test_damaged_files_of_torchvision_are_one_line(damage, folder, capsys):
+    """Four images of MNIST and their labels in torchvision's files, whole and damaged."""
+    raw = folder / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 4, 28, 28) + bytes(4 * 28 * 28))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 4) + bytes(range(4)))
+    assert ddpm.load_data("mnist")[1].tolist() == [0, 1, 2, 3]
+    path = raw / "train-labels-idx1-ubyte"
+    path.write_bytes(DAMAGED_IDX[damage](path.read_bytes()))
+    assert cli("--train", *flags({**TINY, "data": "mnist"})) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"ddpm.py: error: mnist can be neither read from data/ nor downloaded \(.+\); delete its files", line
+    )
 
 
 # ---- 15. Configuration -----------------------------------------------------------------------------------------------
@@ -3584,7 +3666,7 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(folder, monkeypa
 
 def test_a_step_is_refused_only_if_it_needs_more_memory(monkeypatch):
     """What is assumed lies below what torch really keeps for the backward pass, here counted by its hooks, and above a
-    third of that."""
+    third of that. To it are added the weights, their gradients, their average and Adam's two moments."""
     kept = {}
     config = ddpm.preset("digits", batch_size=4, bf16=False)
     network, _ = ddpm.build(config, 1, 10)
@@ -3599,7 +3681,9 @@ def test_a_step_is_refused_only_if_it_needs_more_memory(monkeypatch):
         kept.pop(weight.untyped_storage().data_ptr(), None)
     really = sum(kept.values())
     loss.backward()
-    for memory, refused in ((really, False), (really // 3, True)):
+    weights = 20 * sum(weight.numel() for weight in network.parameters())
+    for memory, refused in ((weights + really, False), (weights + really // 3, True), (0.9 * weights, True)):
+        memory = int(memory)
         monkeypatch.setattr(os, "sysconf", lambda name, memory=memory: 1 if name == "SC_PAGE_SIZE" else memory)
         with pytest.raises(ValueError, match="smaller") if refused else contextlib.nullcontext():
             ddpm.check_memory(config, torch.device("cpu"))
@@ -4239,6 +4323,53 @@ def test_the_fallback_of_apples_gpus_is_set_before_torch_is_imported():
             environment["PYTORCH_ENABLE_MPS_FALLBACK"] = given
         how = dict(cwd=HERE, env=environment, capture_output=True, text=True)
         assert subprocess.run([sys.executable, "-c", code], **how).stdout == f"{want}\n"
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ddpm.Config)])
+def test_every_setting_of_a_checkpoint_is_checked(field, trained, monkeypatch):
+    """Missing or of five wrong values: a ValueError of one line that names the file, or, if the value is one that the
+    setting may have, a Config that has it. Only prediction may be missing, which earlier versions had not."""
+    monkeypatch.chdir(trained)
+    right = read("runs/digits")
+    missing = object()
+    for value in (missing, *WRONG):
+        settings = dict(right["config"], **{field: value})
+        if value is missing:
+            del settings[field]
+        monkeypatch.setattr(ddpm, "load_tensors", lambda *_, settings=settings: dict(right, config=settings))
+        try:
+            config = ddpm.read_checkpoint("runs/digits")["config"]
+        except ValueError as error:
+            assert re.match(r"runs/digits/checkpoint.pt is no checkpoint.*\(.+\)$", str(error))
+        else:
+            allowed = {"prediction": "noise"} if value is missing else {field: value}
+            if field == "out":  # that of the folder
+                allowed = {"out": "runs/digits"}
+            assert getattr(config, field) in (allowed[field], str(allowed[field]))
+
+
+def test_weights_of_a_checkpoint_that_are_integers_are_refused(folder, capsys):
+    """They have the right shapes."""
+    saved = train(steps=1)
+    saved["ema"] = {name: weight.long() for name, weight in saved["ema"].items()}
+    torch.save(saved, "runs/digits/checkpoint.pt")
+    assert cli("--sample", 1) == 2
+    assert "ema: time_embedding.linear_1.weight holds integers" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_does_not_end_training(folder, monkeypatch):
+    """The line that foretells the time is written to a closed pipe; training comes to its end."""
+
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    times = itertools.count()
+    monkeypatch.setattr(ddpm.time, "perf_counter", lambda: 10.0 * next(times))
+    monkeypatch.setattr(ddpm.tqdm, "write", closed)
+    written = []
+    monkeypatch.setattr(ddpm, "in_words", lambda seconds: written.append(seconds) or "long")
+    assert train(steps=20)["step"] == 20
+    assert len(written) == 1
 
 
 def test_an_interruption_elsewhere_is_one_line(folder, monkeypatch, capsys):
@@ -4887,12 +5018,21 @@ def test_too_little_memory_or_no_compiler_is_one_line(folder, monkeypatch, capsy
         patch.setattr(ddpm.GaussianDiffusion, "p_losses", exhausted)
         assert cli("--train", *flags({**TINY, "steps": 1})) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == "ddpm.py: error: CUDA out of memory; a smaller --batch-size or --sampling-batch needs less"
+    assert line == "ddpm.py: error: CUDA out of memory; a smaller --batch-size needs less"
 
     with monkeypatch.context() as patch:
         patch.setattr(ddpm.GaussianDiffusion, "p_losses", lambda *_: torch.empty(2**60, dtype=torch.uint8))
         assert cli("--train", *flags({**TINY, "steps": 1})) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("ddpm.py: error: not enough memory (")
+
+    def too_much(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    for line, less in (("--sample", "a smaller --sampling-batch needs"), ("--evaluate", "fewer images need")):
+        with monkeypatch.context() as patch:
+            patch.setattr(ddpm.Run, "read", too_much)
+            assert cli(line, 4) == 2
+        assert capsys.readouterr().err == f"ddpm.py: error: CUDA out of memory; {less} less\n"
 
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nto be found")
@@ -5482,6 +5622,11 @@ REFUSED = [
     ("--sample 4 --eta 0.5", "--eta 0.5 is DDIM's: it goes with --sampler ddim only"),
     ("--sample 4 --guidance inf", "--guidance .*inf"),
     ("--sample 4 --label 10", "--label must lie in 0…9, got 10"),
+    ("--train --no-conditional --label-dropout 0.1", "--label-dropout goes with labels"),
+    ("--train --attn-resolutions 0", "attn_resolutions .*0"),
+    ("--train --prediction x_start", "prediction.*x_start"),
+    ("--train --preset laptop", "preset.*laptop"),
+    ("--train --dim 4096 --dim-mults 64 --num-res-blocks 16", "needs more than .* GiB of memory"),
     ("--sample 4 --label -1", "--label .*-1"),
     ("--sample 4 --label 3 --unconditional", "--unconditional goes with neither"),
     ("--sample 4 --guidance 1 --unconditional", "--unconditional goes with neither"),
@@ -5559,6 +5704,11 @@ def test_any_terminal_can_print_everything(folder, monkeypatch):
             assert cli(*line.split()) == 0
             output.seek(0)
             assert "ddpm.py" in output.read()
+    experiments = [sys.executable, HERE / "bench_ddpm.py", "--list"]
+    said = subprocess.run(experiments, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "objectives" in said.stdout
+
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, HERE / "ddpm.py", "--help"]
@@ -5732,7 +5882,7 @@ def test_public_functions_refuse(call, words):
 
 
 # ---- 21. Known mistakes ----------------------------------------------------------------------------------------------
-# Each was shipped by a public implementation of DDPM or DDIM. Each is put into ddpm.py in place of the right line, and
+# Most were shipped by public implementations of DDPM or DDIM. Each is put into ddpm.py in place of the right line, and
 # the test named beside it must then fail.
 
 MISTAKES = [
@@ -5961,6 +6111,12 @@ MISTAKES = [
         "x_start = x_start.clamp(-1, 1)",
         "pass",
         functools.partial(test_dpm_solver_in_its_own_exponential_form, steps=7, clip=True),
+    ),
+    (
+        "DPM-Solver's timesteps end at t = 0",
+        "steps, endpoint=False)",
+        "steps)",
+        functools.partial(test_dpm_solver_timesteps_are_even_in_log_snr, schedule=ddpm.linear_beta_schedule),
     ),
     (
         "encoding takes x_0 for x_1",
