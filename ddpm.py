@@ -360,7 +360,7 @@ class GaussianDiffusion(nn.Module):
     def dpm_solver_timesteps(self, steps):
         """Returns S = steps distinct timesteps, a list of ints decreasing from T−1, as evenly spaced in λ_t =
         ½ log(ᾱ_t/(1−ᾱ_t)), half the logarithm of the signal-to-noise ratio, as rounding allows. They are the starts of
-        S equal steps from λ_{T−1} to λ_0; λ_0 itself, where a call changes the image by few grey levels, is none."""
+        S equal steps from λ_{T−1} to λ_0. None starts at λ_0, where a call changes the image by a few grey levels."""
         self._check_steps(steps)
         lambdas = np.array(self._lambdas)
         timesteps = [self.timesteps - 1]

@@ -3135,7 +3135,7 @@ def test_grey_images_have_one_channel_and_deep_ones_are_read_right(tmp_path):
             ddpm.load_data(str(tmp_path), 4)
 
 
-FORMATS = ("png", "jpg", "gif", "bmp", "ppm", "pgm", "tif", "webp", "tga", "jp2")
+FORMATS = ("png", "jpg", "gif", "bmp", "ppm", "pgm", "tif", "webp", "tga", "jp2", "avif")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -5812,6 +5812,35 @@ def test_the_command_line_refuses(line, words, trained, monkeypatch, capsys):
     assert message[0].startswith("ddpm.py: error: ")
     assert re.search(words, message[0]), message
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def bad_values(field):
+    """Values that a flag can't have: of another type, outside its bounds or choices."""
+    if field.metadata["choices"]:
+        return ["none-of-these"]
+    if field.type not in (int, float, tuple):
+        return []
+    low, high = field.metadata["low"], field.metadata["high"]
+    outside = [low - 1] * (low > -math.inf) + [high + 1] * (high < math.inf)
+    return ["many", "nan", "1e400", *map(str, outside)]
+
+
+@pytest.mark.parametrize(
+    "mode, field, value",
+    [
+        (mode, field.name, value)
+        for mode, kind in (("--train", ddpm.Config), ("--sample 1", ddpm.Sampling))
+        for field in dataclasses.fields(kind)
+        for value in bad_values(field)
+    ],
+)
+def test_every_flag_refuses_what_it_cannot_be(mode, field, value, trained, monkeypatch, capsys):
+    """One line that names the flag and the value, exit status 2."""
+    monkeypatch.chdir(trained)
+    assert cli(*mode.split(), f"--{field.replace('_', '-')}={value}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"ddpm.py: error: .*{field.replace('_', '[-_]')}", line)
+    assert value in line or float(value) == math.inf
 
 
 X, T_AND_1 = torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])
