@@ -857,7 +857,7 @@ def train(config, checkpoint=None, watch=None):
 
     # The end, or an interruption
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_processes()
     if stopped and rank == 0 and done < config.steps:
         saved = f"stopped after step {done:,}; {config.out}/checkpoint.pt holds it"
         raise KeyboardInterrupt(f"{saved}; resume with: python ddpm.py --train --resume --out {config.out}")
@@ -1102,7 +1102,7 @@ def sample(run, count, seed=0, **options):
     check_output(out, options.individual)
 
     # Batches
-    rank, _ = rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     if count > SHOWN and not options.individual:
         if rank == 0:
             print(f"{out}/samples.png shows {SHOWN:,} images at most; --individual draws and writes all {count:,}")
@@ -1119,14 +1119,18 @@ def sample(run, count, seed=0, **options):
         columns = run.model.num_classes
 
     # Every process draws its share of the batches; with --individual, into files
-    with lock_folder(out, "sampling") if rank == 0 else contextlib.nullcontext(), joined_processes():
+    with lock_folder(out, "sampling") if rank == 0 else contextlib.nullcontext():
         try:
             drawn = ImageStore(out, run, size, seed, options) if options.individual else {}
             frames = draw_batches(run, drawn, batches, size, labels, seed, options)
-            gather_batches(drawn)
+            if world_size > 1:
+                drawn = gather_batches(drawn)
             if rank > 0:
                 return []
             # Rank 0 writes
+            missing = [i for i in range(batches) if i not in drawn]
+            if missing:
+                raise ValueError(f"batch {missing[0]} is not there: all processes need the same run in the same {out}")
             images = itertools.chain.from_iterable(drawn[i] for i in range(batches))
             paths = write_samples(out, itertools.islice(images, count), columns, options.individual, frames)
         except KeyboardInterrupt:
@@ -1909,27 +1913,23 @@ def share_between_processes(model, device):
     return nn.parallel.DistributedDataParallel(model), control
 
 
-@contextlib.contextmanager
-def joined_processes():
-    """Context manager in which several processes can wait for each other, for days if need be."""
-    _, world_size = rank_and_world_size()
-    if world_size > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    yield
-    if world_size > 1:
-        dist.destroy_process_group()
-
-
 def gather_batches(drawn):
-    """Wait for all processes, and copy their {i: images of batch i} into that of rank 0; an ImageStore has them all."""
-    rank, world_size = rank_and_world_size()
-    if world_size == 1:
-        return
-    parts = [None] * world_size if rank == 0 else None
-    dist.gather_object({} if isinstance(drawn, ImageStore) else drawn, parts)
-    for part in parts or []:
-        for i, pixels in part.items():
-            drawn[i] = pixels
+    """Wait for all processes. Returns their {i: images of batch i} as one dictionary; an ImageStore has them all."""
+    _, world_size = rank_and_world_size()
+    stored = isinstance(drawn, ImageStore)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))  # a process may draw for long
+    gathered = [None] * world_size
+    dist.all_gather_object(gathered, None if stored else drawn)
+    leave_processes()
+    if stored:
+        return drawn
+    return {i: pixels for part in gathered for i, pixels in part.items()}
+
+
+def leave_processes():
+    """Leave the group of processes. The pause lets its threads finish: torch 2.6 may wait for them forever."""
+    time.sleep(0.2)
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -2105,17 +2105,14 @@ class ImageStore:
             del how[name]
         note = json.dumps({**how, "weights": weights, "seed": seed, "size": size}).encode()
 
-        # A folder named after it, which rank 0 makes and the others find
+        # A folder named after it; rank 0 removes others
         self.root = out / ".drawn"
         self.folder = self.root / hashlib.sha256(note).hexdigest()[:16]
-        rank, world_size = rank_and_world_size()
-        if rank == 0 and not self.folder.is_dir():
-            self.remove()
-            self.folder.mkdir(parents=True)
-        if world_size > 1:
-            dist.barrier()
-        if not self.folder.is_dir():
-            raise ValueError(f"the process of rank {rank} finds another run in {out} than that of rank 0")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rank, _ = rank_and_world_size()
+        if rank == 0:
+            for other in set(self.root.iterdir()) - {self.folder}:
+                shutil.rmtree(other, ignore_errors=True)
 
     def path(self, i):
         """The file of batch i."""
@@ -2132,7 +2129,9 @@ class ImageStore:
         return load_tensors(self.path(i))
 
     def __setitem__(self, i, pixels):
-        atomic_write(self.path(i), functools.partial(torch.save, pixels))
+        temporary = self.folder / f"{i}.{os.getpid()}"  # a name of its own for each writer
+        atomic_write(temporary, functools.partial(torch.save, pixels))
+        temporary.replace(self.path(i))
 
     def remove(self):
         """Remove all images."""
