@@ -1,6 +1,6 @@
 """The proof of ddpm.py: each equation of the paper, derived a second time.
 
-    pytest                       # two to three minutes on two CPU cores
+    pytest                       # three to four minutes on two CPU cores
     DDPM_TEST_SEED=7 pytest      # the same tests with other random numbers
 
 The first part follows the paper and can be read beside it. Each test derives the expected value independently of
