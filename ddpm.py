@@ -1128,9 +1128,8 @@ def sample(run, count, seed=0, **options):
             if rank > 0:
                 return []
             # Rank 0 writes
-            missing = [i for i in range(batches) if i not in drawn]
-            if missing:
-                raise ValueError(f"batch {missing[0]} is not there: all processes need the same run in the same {out}")
+            if world_size > 1 and not all(i in drawn for i in range(batches)):
+                raise ValueError(f"some images are not there: all processes need the same run in the same {out}")
             images = itertools.chain.from_iterable(drawn[i] for i in range(batches))
             paths = write_samples(out, itertools.islice(images, count), columns, options.individual, frames)
         except KeyboardInterrupt:
@@ -1146,17 +1145,16 @@ def draw_batches(run, drawn, batches, size, labels, seed, options):
     """Draw this process's share of the batches into drawn, which maps i to the uint8 images of batch i. What is there
     is not drawn again, but for batch 0 with options.animate, of which every x_t is returned."""
     rank, world_size = rank_and_world_size()
-    hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
     how = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
     frames = []
-    for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar):
+    for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar()):
         animate = options.animate and i == 0
         if i in drawn and not animate:
             continue
         # From x_T to x_0
         batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
         trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling") + i * size, **how)
-        for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar):
+        for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar()):
             if animate:
                 frames.append(to_pixels(x_t).cpu())
         if not x_t.isfinite().all():
@@ -1274,7 +1272,7 @@ def load_torchvision(name, split):
             raise ValueError(f"{len(dataset.data)} images and {len(dataset.targets)} labels")
     except Exception as error:  # a damaged file may raise almost anything
         raise ValueError(
-            f"{name} can be neither read from data/ nor downloaded ({in_one_line(error) or type(error).__name__}); "
+            f"{name} can be neither read from data/ nor downloaded ({in_one_line(error)}); "
             "delete its files there if they are damaged; without a network use --data digits or --data FOLDER, or put "
             "torchvision's files into data/"
         ) from None
@@ -1325,9 +1323,7 @@ def load_folder(folder, image_size):
     # Their pixels, and which are held out
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     held_out = torch.empty(len(paths), dtype=torch.bool)
-    rank, _ = rank_and_world_size()
-    hide_bar = None if rank == 0 else True  # None: hidden unless the output is a terminal
-    for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=hide_bar)):
+    for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=hide_bar())):
         images[i] = read_image(path, image_size)
         held_out[i] = zlib.crc32(path.read_bytes()) % 10 == 0
     if all((image == image[:1]).all() for image in images):
@@ -1406,8 +1402,7 @@ def read_image(path, image_size):
         image = Image.alpha_composite(white, image).convert("RGB")
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
     except Exception as error:
-        reason = in_one_line(error) or type(error).__name__
-        raise ValueError(f"{path} can't be read as an image: {reason}") from None
+        raise ValueError(f"{path} can't be read as an image: {in_one_line(error)}") from None
     return image_to_pixels(image)
 
 
@@ -2471,15 +2466,20 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
 
 
-def training_bar(config, first_step):
-    """The progress bar, counted in images; only rank 0 shows one."""
+def hide_bar():
+    """tqdm's disable: only rank 0 shows a bar, and only on a terminal, which is what None means."""
     rank, _ = rank_and_world_size()
+    return None if rank == 0 else True
+
+
+def training_bar(config, first_step):
+    """The progress bar, counted in images."""
     return tqdm(
         total=config.steps * config.batch_size,
         initial=first_step * config.batch_size,
         unit=" images",
         unit_scale=True,
-        disable=None if rank == 0 else True,  # None: hidden unless the output is a terminal
+        disable=hide_bar(),
     )
 
 
@@ -2722,8 +2722,8 @@ def current_name(name):
 
 
 def in_one_line(error):
-    """The message of an exception as one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+    """The message of an exception, or else its type, as one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_initial_weights(model, config):
@@ -3160,7 +3160,7 @@ def main(arguments=None):
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         status = 2
-        line = f"error: not enough memory ({in_one_line(error) or 'MemoryError'}); {less}"
+        line = f"error: not enough memory ({in_one_line(error)}); {less}"
     print(f"ddpm.py: {' '.join(line.splitlines())}", file=sys.stderr)
     sys.exit(status)
 
