@@ -1696,28 +1696,30 @@ PAPER = dict(
     sample_every=10_000,
     checkpoint_every=5000,
 )
-GREY_28 = dict(
-    image_size=28,
-    dim_mults=(1, 2, 2),
-    attn_resolutions=(7,),
-    steps=3000,
-    batch_size=64,
-    lr=2e-3,
+SMALL = dict(
+    dim=16,
+    schedule="cosine",
+    prediction="velocity",
+    batch_size=32,
     warmup=200,
+)
+GREY_28 = dict(
+    SMALL,
+    image_size=28,
+    dim_mults=(1, 2, 4),
+    attn_resolutions=(7,),
+    steps=5000,
+    lr=2e-3,
     sample_every=1000,
 )
 FOLDER = dict(
+    SMALL,
     image_size=32,
-    dim_mults=(1, 2, 4),
+    dim_mults=(1, 2, 4, 8),
     attn_resolutions=(8,),
-    schedule="cosine",
-    prediction="velocity",
-    steps=3600,
-    batch_size=32,
-    lr=2e-3,
-    warmup=200,
-    sample_every=900,
-    checkpoint_every=300,
+    steps=10_000,
+    lr=1e-3,
+    sample_every=2000,
 )
 GPU = dict(
     PAPER,
