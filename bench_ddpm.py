@@ -91,15 +91,18 @@ def base_run(settings):
     return read_or_train(ddpm.preset(settings.data, device=settings.device))
 
 
+PAPERS_DIFFUSION = dict(schedule="linear", prediction="noise")
+
+
 def short_run(settings, seed, **changes):
-    """A run of settings.steps steps with these changes to the preset of the data set. Four times during training, the
-    Fréchet distance of its samples to the data is written to curve.csv in its folder."""
+    """A run of settings.steps steps with these changes to the preset of the data set and the paper's diffusion. Four
+    times during training, the Fréchet distance of its samples to the data is written to curve.csv in its folder."""
     # The Config, and a folder named after it
     values = [str(value or "none") for value in changes.values()]
     name = "-".join([settings.data, str(settings.steps), *values, f"seed{seed}"])
     config = ddpm.preset(
         settings.data,
-        **changes,
+        **{**PAPERS_DIFFUSION, **changes},
         steps=settings.steps,
         sample_every=max(1, settings.steps // 4),
         log_every=max(1, settings.steps // 20),
@@ -333,7 +336,7 @@ def attention(settings):
     """Exercise 2: with and without self-attention; number of parameters, training loss, Fréchet distance."""
     figure, axes = make_figure(2, 7, 2.6)
     groups = {
-        "with attention": short_runs(settings, schedule="linear"),  # the preset itself; the runs of schedules
+        "with attention": short_runs(settings, schedule="linear"),  # the runs of schedules
         "without": short_runs(settings, attn_resolutions=()),
     }
 
@@ -495,8 +498,9 @@ class UnweightedMean(ddpm.GaussianDiffusion):
 def train_mean(settings, seed, loss):
     """A run of settings.steps steps of a network that predicts μ̃, in float32 because ε_θ is a small difference of large
     numbers. loss is "bound" for Eq. 5, or "unweighted" for ‖μ̃ − μ_θ‖²."""
-    config = ddpm.preset(settings.data, steps=settings.steps, seed=seed, device=settings.device, bf16=False)
-    images, labels, num_classes, state, simple = ddpm.prepare_training(config, None)
+    how = dict(steps=settings.steps, seed=seed, device=settings.device, bf16=False)
+    config = ddpm.preset(settings.data, **PAPERS_DIFFUSION, **how)
+    images, labels, state, simple = ddpm.prepare_training(config, None)
     network = PredictsMean(state.model, simple)
     diffusion = ddpm.build_diffusion(dataclasses.replace(config, loss="bound"))
     if loss == "unweighted":
@@ -510,10 +514,10 @@ def train_mean(settings, seed, loss):
         x_start = ddpm.to_model(images[chosen])
         t = torch.randint(diffusion.timesteps, (len(chosen),), device=images.device)
         noise = torch.randn_like(x_start)
-        y = labels[chosen] if num_classes else None
-        ddpm.training_loss(network, diffusion, config, x_start, t, noise, y, num_classes).backward()
+        y = None if labels is None else labels[chosen]
+        ddpm.training_loss(network, diffusion, config, x_start, t, noise, y, state.model.num_classes).backward()
         nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
-        state.optimizer.param_groups[0]["lr"] = config.lr * ddpm.learning_rate(config, step)
+        state.optimizer.param_groups[0]["lr"] = ddpm.learning_rate(config, step)
         state.optimizer.step()
         state.optimizer.zero_grad()
         ddpm.ema_update(state.ema, state.model, step, config.ema_decay)

@@ -1,4 +1,4 @@
-"""DDPM in one file: Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020), with DDIM, guidance and a U-Net.
+"""Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020) in one file, with DDIM, DPM-Solver++ and guidance.
 
 Read it beside the paper, from top to bottom. Sections 1 to 6 are the method, of this paper and of those that the
 functions name; the rest is plumbing.
@@ -6,9 +6,9 @@ functions name; the rest is plumbing.
     7 data     8 configuration     9 files and devices     10 published weights     11 command line
 
 Equation, algorithm and section numbers are the paper's unless another paper is named. The paper counts t = 1…T with
-ᾱ_0 = 1; the code counts t = 0…T−1, so code t = paper t − 1. The formulas of this paper use its t; arguments, and the
-formulas of the samplers with fewer steps, use the code's, int64 (B,) or one int for the whole batch. x_0 is the image,
-which those samplers reach at t = −1. Images are float tensors (B, C, H, W) scaled to [−1, 1].
+ᾱ_0 = 1; the code counts t = 0…T−1, so code t = paper t − 1. An argument t is the code's: int64 (B,), or one int for the
+whole batch; DDIM and DPM-Solver take ints only. In docstrings, formulas of this paper have the paper's t; those of
+DDIM, DPM-Solver and respacing have the code's, where t = −1 denotes x_0. Images are float (B, C, H, W) in [−1, 1].
 
     python ddpm.py --train         # train on handwritten digits: any machine, a few minutes
     python ddpm.py --sample 64     # draw samples from the trained network; --data FOLDER trains on your own images
@@ -71,8 +71,8 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 
 def extract(coefficients, t, x):
-    """Returns coefficients[t] in x's dtype, for t (B,) shaped (B, 1, …, 1) to broadcast against x (B, …); for an int t
-    a single number."""
+    """Returns coefficients[t] in x's dtype. For t (B,) its shape is (B, 1, …, 1), to broadcast against x (B, …); for an
+    int t it is a single number."""
     return broadcast(coefficients[t], x).to(x.dtype)
 
 
@@ -83,17 +83,18 @@ def broadcast(values, x):
     return values.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def noise_like(x, shape, generator=None, noise=None):
-    """A sample of N(0, I) with the dtype and device of x, or the given noise. A list of generators has one for each
-    image. Raises ValueError for another shape, integers, or another number of generators."""
-    if not x.is_floating_point():
-        raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
+def sample_noise(shape, like, generator=None, noise=None):
+    """Returns noise if it is given, or else a sample of N(0, I) of this shape, with the dtype and device of like. A
+    list of generators has one for each image. Raises ValueError if noise has another shape, if noise or like are
+    integers, or for another number of generators than images."""
+    if not like.is_floating_point():
+        raise ValueError(f"images must be floats scaled to [-1, 1], got {like.dtype}")
     if noise is None and isinstance(generator, list):
         if len(generator) != shape[0]:
             raise ValueError(f"{shape[0]} images need as many generators, got {len(generator)}")
-        return torch.cat([noise_like(x, (1, *shape[1:]), each) for each in generator])
+        return torch.cat([sample_noise((1, *shape[1:]), like, each) for each in generator])
     if noise is None:
-        return torch.randn(shape, generator=generator, dtype=x.dtype, device=x.device)
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
     if noise.shape != torch.Size(shape):
         raise ValueError(f"shapes differ: {tuple(shape)} and noise {tuple(noise.shape)}")
     if not noise.is_floating_point():
@@ -113,14 +114,16 @@ class GaussianDiffusion(nn.Module):
 
     A model is any callable model(x_t, t) that returns its prediction, shaped like x_t; it receives t as int64 (B,).
     With a learned variance it returns the prediction and v, concatenated along the channels.
-    prediction is "noise" for ε_θ, or "velocity" for √ᾱ_t ε − √(1−ᾱ_t) x_0 (Salimans & Ho, 2022, §4). An error of ε_θ is
-    multiplied by √(1−ᾱ_t)/√ᾱ_t in x̂_0, that of a velocity by √(1−ᾱ_t) only, which helps after short training.
+
+    prediction: "noise" is ε_θ; "velocity" is √ᾱ_t ε − √(1−ᾱ_t) x_0, known as v-prediction (Salimans & Ho, 2022, §4).
+    In x̂_0, an error of ε_θ is multiplied by √(1−ᾱ_t)/√ᾱ_t, an error of the velocity by √(1−ᾱ_t) only.
     variance is σ_t² of p_θ (§3.2): "fixed_large" is β_t, optimal if x_0 ~ N(0, I); "fixed_small" is β̃_t, optimal if
     x_0 is a single point; "learned_range" interpolates between their logarithms with v (Improved DDPM Eq. 15).
-    loss is "simple" (Eq. 14, for what the model returns; with a learned variance L_hybrid, Improved DDPM Eq. 16) or
-    "bound" (Eq. 5).
+    loss: "simple" is the squared error of the prediction (Eq. 14), with a learned variance L_hybrid (Improved DDPM Eq.
+    16); "bound" is Eq. 5.
+    dtype is that of the coefficients, which are computed in float64. They are buffers outside the state dict.
     A generator is a torch.Generator, or a list of them with one for each image.
-    Coefficients are computed in float64 and stored in dtype, as buffers that are not part of the state dict.
+
     Raises ValueError unless 0 < β_t < 1. Warns if √ᾱ_T > 0.05: x_T then still contains x_0, so that sampling from
     N(0, I) starts from the wrong distribution."""
 
@@ -154,13 +157,14 @@ class GaussianDiffusion(nn.Module):
         positive_variance = posterior_variance.clone()
         positive_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
 
-        kept = alphas_cumprod[-1].sqrt()
-        if kept > 0.05:
+        signal_left = alphas_cumprod[-1].sqrt()
+        if signal_left > 0.05:
             warnings.warn(
-                f"√ᾱ_T = {kept:.3f}, so x_T still contains x_0: more or larger betas make it < 0.05", stacklevel=2
+                f"√ᾱ_T = {signal_left:.3f}, so x_T still contains x_0: more or larger betas make it < 0.05",
+                stacklevel=2,
             )
 
-        # The coefficients of the formulas below, each indexed by t.
+        # The coefficients of the formulas below, each indexed by t. Those of Eq. 7 are of x_0 and of x_t.
         def register(name, coefficient):
             self.register_buffer(name, coefficient.to(dtype), persistent=False)
 
@@ -173,14 +177,16 @@ class GaussianDiffusion(nn.Module):
         register("posterior_log_variance", positive_variance.log())
         register("posterior_mean_x_start", alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod))
         register("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
+
+        # ᾱ_t and λ_t = ½ log(ᾱ_t/(1−ᾱ_t)) as Python floats, for the samplers whose t is an int
         self._alphas_cumprod = alphas_cumprod.tolist()
         self._lambdas = (alphas_cumprod / (1 - alphas_cumprod)).log().div(2).tolist()
 
     # -- Forward process --
     def q_sample(self, x_start, t, noise=None):
         """Sample x_t ~ q(x_t|x_0) in one step: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε (Eq. 4)."""
-        noise = noise_like(x_start, x_start.shape, noise=noise)
-        self._check(x_start, t, noise)
+        noise = sample_noise(x_start.shape, x_start, noise=noise)
+        self._check(x_start, t)
         mean = extract(self.sqrt_alphas_cumprod, t, x_start) * x_start
         return mean + extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
 
@@ -194,12 +200,15 @@ class GaussianDiffusion(nn.Module):
 
     # -- Training loss --
     def p_losses(self, model, x_start, t, noise=None):
-        """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14). The
-        squared error of a velocity is 1/ᾱ_t times as large. A learned variance adds 0.001 L_vlb without gradient
-        through ε_θ: the bound trains v only (L_hybrid, Improved DDPM Eq. 16). loss="bound" is L in bits/dim without the
-        constant L_T (Eq. 5), whose terms for a fixed variance and paper t > 1 are the squared error weighted as in
-        Eq. 12, plus a constant. Both bounds are unbiased only if t is drawn uniformly."""
-        noise = noise_like(x_start, x_start.shape, noise=noise)
+        """Returns the loss of a batch, a scalar.
+
+        "simple" is ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels and pixels (Eq. 14). For a
+        velocity it is the squared error of the velocity, 1/ᾱ_t times that of ε. A learned variance adds 0.001 L_vlb
+        without gradient through ε_θ, so that the bound trains v only (L_hybrid, Improved DDPM Eq. 16).
+        "bound" is L in bits/dim without the constant L_T (Eq. 5). For a fixed variance and paper t > 1 its terms are
+        the squared error weighted as in Eq. 12, plus a constant.
+        Both bounds are unbiased only if t is drawn uniformly."""
+        noise = sample_noise(x_start.shape, x_start, noise=noise)
         x_t = self.q_sample(x_start, t, noise)
         predicted_noise, v = self._predict(model, x_t, t)
 
@@ -207,7 +216,7 @@ class GaussianDiffusion(nn.Module):
             bound, _ = self.bound_term(x_start, x_t, t, predicted_noise, v)
             return self.timesteps * bound.mean()
         error = noise - predicted_noise
-        if self.prediction_type == "velocity":
+        if self.prediction_type == "velocity":  # whose error is that of ε, divided by √ᾱ_t
             error = error / extract(self.sqrt_alphas_cumprod, t, x_t)
         loss = error.square().mean()  # Eq. 14
         if v is not None:
@@ -243,7 +252,7 @@ class GaussianDiffusion(nn.Module):
         if clip_denoised:
             pred_x_start = pred_x_start.clamp(-1, 1)
         mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # Eq. 11, and β̃_t
-        if self.variance_type == "fixed_large":
+        if self.variance_type == "fixed_large":  # at code t = 0 the authors' code has log β̃_2, for a smaller L_0
             variance = extract(self.betas, t, x_t)
             log_variance = extract(self.log_betas, t, x_t)
         elif self.variance_type == "learned_range":
@@ -255,10 +264,9 @@ class GaussianDiffusion(nn.Module):
     def p_sample(self, model, x_t, t, clip_denoised=True, noise=None, generator=None):
         """One step of Algorithm 2: x_{t−1} = μ_θ(x_t, t) + σ_t z with z ~ N(0, I), but z = 0 at the last step."""
         mean, variance, _, _ = self.p_mean_variance(model, x_t, t, clip_denoised)
-        z = noise_like(x_t, x_t.shape, generator, noise)
+        z = sample_noise(x_t.shape, x_t, generator, noise)
         return mean + broadcast(t > 0, x_t) * variance.sqrt() * z
 
-    @torch.no_grad()
     def p_sample_steps(self, model, x_t, t=None, clip_denoised=True, generator=None):
         """Algorithm 2 step by step, for progress bars and animations, from x_t at code t (default: T−1) to x_0."""
         start = self.timesteps - 1 if t is None else t
@@ -269,13 +277,13 @@ class GaussianDiffusion(nn.Module):
 
     def p_sample_loop(self, model, shape, clip_denoised=True, noise=None, generator=None):
         """Algorithm 2: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = noise_like(self.betas, shape, generator, noise)
+        x_t = sample_noise(shape, self.betas, generator, noise)
         return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
     def interpolate(self, model, x_start_a, x_start_b, t, weight, noise=None, generator=None):
         """Diffuse two images to the same t, mix them, (1−λ) x_t + λ x'_t with λ = weight, and denoise from t (Fig. 8).
-        Both get the same noise, so that the mixture has the noise level of t for every λ."""
-        noise = noise_like(x_start_a, x_start_a.shape, generator, noise)
+        Both get the same noise, so that the mixture has the noise level of t for every λ; the paper does not say."""
+        noise = sample_noise(x_start_a.shape, x_start_a, generator, noise)
         x_t = (1 - weight) * self.q_sample(x_start_a, t, noise) + weight * self.q_sample(x_start_b, t, noise)
         return last(self.p_sample_steps(model, x_t, t, generator=generator))
 
@@ -299,13 +307,13 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"t and prev_t must be ints, prev_t in -1…t-1, got prev_t={prev_t} with t={t}")
         pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
 
-        # σ (DDIM Eq. 16), and x_s (Eq. 12)
+        # σ (DDIM Eq. 16), then x_s (DDIM Eq. 12): its part without noise, and σ z
         alpha_bar_t = self._alpha_bar(t)
         alpha_bar_s = self._alpha_bar(prev_t)
         sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
         x_s = self._combine(pred_x_start, predicted_noise, prev_t, sigma)
         if eta > 0:
-            x_s = x_s + sigma * noise_like(x_t, x_t.shape, generator, noise)
+            x_s = x_s + sigma * sample_noise(x_t.shape, x_t, generator, noise)
         return x_s
 
     def _alpha_bar(self, t):
@@ -322,11 +330,10 @@ class GaussianDiffusion(nn.Module):
         return pred_x_start, predicted_noise
 
     def _combine(self, x_start, noise, s, sigma=0.0):
-        """√ᾱ_s x_0 + √(1−ᾱ_s−σ²) ε at an int s: the step of all samplers here but Algorithm 2."""
+        """DDIM Eq. 12 without σ z: √ᾱ_s x_0 + √(1−ᾱ_s−σ²) ε at an int s, which for σ = 0 is Eq. 4."""
         alpha_bar_s = self._alpha_bar(s)
         return math.sqrt(alpha_bar_s) * x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * noise
 
-    @torch.no_grad()
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
         """DDIM from x_T = x_t step by step: yields as many tensors as steps, the last of which is x_0."""
         timesteps = self.ddim_timesteps(steps)
@@ -336,7 +343,7 @@ class GaussianDiffusion(nn.Module):
 
     def ddim_sample_loop(self, model, shape, steps, eta=0.0, clip_denoised=True, noise=None, generator=None):
         """DDIM in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = noise_like(self.betas, shape, generator, noise)
+        x_t = sample_noise(shape, self.betas, generator, noise)
         return last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
 
     @torch.no_grad()
@@ -358,14 +365,16 @@ class GaussianDiffusion(nn.Module):
         return x_t
 
     def dpm_solver_timesteps(self, steps):
-        """Returns S = steps distinct timesteps, a list of ints decreasing from T−1, as evenly spaced in λ_t =
-        ½ log(ᾱ_t/(1−ᾱ_t)), half the logarithm of the signal-to-noise ratio, as rounding allows. They are the starts of
-        S equal steps from λ_{T−1} to λ_0. None starts at λ_0, where a call changes the image by a few grey levels."""
+        """Returns S = steps distinct timesteps, a list of ints decreasing from T−1: the starts of S equal steps from
+        λ_{T−1} to λ_0, rounded to timesteps. λ_t = ½ log(ᾱ_t/(1−ᾱ_t)) is half the logarithm of the signal-to-noise
+        ratio. With few steps none is t = 0, where a call changes the image by a few grey levels only."""
         self._check_steps(steps)
         lambdas = np.array(self._lambdas)
+        even = np.linspace(lambdas[-1], lambdas[0], steps, endpoint=False)
         timesteps = [self.timesteps - 1]
-        for i, even in enumerate(np.linspace(lambdas[-1], lambdas[0], steps, endpoint=False)[1:], start=1):
-            nearest = int(np.abs(lambdas - even).argmin())
+        for i in range(1, steps):
+            nearest = int(np.abs(lambdas - even[i]).argmin())
+            # Distinct: below the timestep before, and with room for those after it
             timesteps.append(min(timesteps[-1] - 1, max(nearest, steps - 1 - i)))
         return timesteps
 
@@ -374,26 +383,27 @@ class GaussianDiffusion(nn.Module):
         """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
         from that at t and that at r, the timestep before: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with h = λ_s − λ_t
         and h′ = λ_t − λ_r; ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to x_0 where
-        λ = ∞, are DDIM's. The error at the last timestep falls as 1/S²."""
+        λ = ∞, are DDIM's. Before the last step the error falls as 1/S², until the rounding of timesteps counts."""
         timesteps = self.dpm_solver_timesteps(steps)
-        x_start_r = None  # x̂_0 at r
-        for r, t, s in zip([None, *timesteps[:-1]], timesteps, [*timesteps[1:], -1], strict=True):
+        r = x_start_r = None  # the timestep before t, and x̂_0 there
+        for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
             pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
             x_start = pred_x_start
-            # Extrapolated in λ to the middle of the step
-            if x_start_r is not None and s >= 0:
+            # x̂_0 extrapolated in λ to the middle of the step
+            if r is not None and s >= 0:
                 ratio = (self._lambdas[s] - self._lambdas[t]) / (self._lambdas[t] - self._lambdas[r])
                 x_start = pred_x_start + ratio / 2 * (pred_x_start - x_start_r)
                 if clip_denoised:
                     x_start = x_start.clamp(-1, 1)
                 predicted_noise = self.predict_noise(x_t, t, x_start)
             x_t = self._combine(x_start, predicted_noise, s)
+            r = t
             x_start_r = pred_x_start
             yield x_t
 
     def dpm_solver_sample_loop(self, model, shape, steps, clip_denoised=True, noise=None, generator=None):
         """DPM-Solver++(2M) in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = noise_like(self.betas, shape, generator, noise)
+        x_t = sample_noise(shape, self.betas, generator, noise)
         return last(self.dpm_solver_sample_steps(model, x_t, steps, clip_denoised))
 
     def respace(self, model, steps):
@@ -408,9 +418,9 @@ class GaussianDiffusion(nn.Module):
 
     # -- Likelihood and score --
     def bound_term(self, x_start, x_t, t, predicted_noise, v, clip_denoised=False):
-        """The term of Eq. 5 at t, estimated from x_t and the prediction for it. Returns it in bits/dim (B,), and x̂_0.
-        L_{t−1} is KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), for a fixed σ_t² Eq. 8, which Eq. 9 and 10 rewrite; at
-        code t = 0 the term is L_0 = −log p_θ(x_0|x_1) (Eq. 13)."""
+        """The term of Eq. 5 at t, estimated from x_t and the prediction for it: at code t = 0 L_0 = −log p_θ(x_0|x_1)
+        (Eq. 13), else L_{t−1} = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), which Eq. 8 to 10 rewrite for a fixed σ_t².
+        Returns it in bits/dim (B,), and x̂_0."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         mean, _, log_variance, pred_x_start = self._mean_variance(x_t, t, predicted_noise, v, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
@@ -431,7 +441,7 @@ class GaussianDiffusion(nn.Module):
         terms = []
         squared_errors = []
         for t in range(self.timesteps):
-            x_t = self.q_sample(x_start, t, noise_like(x_start, x_start.shape, generator))
+            x_t = self.q_sample(x_start, t, sample_noise(x_start.shape, x_start, generator))
             predicted_noise, v = self._predict(model, x_t, t)
             term, pred_x_start = self.bound_term(x_start, x_t, t, predicted_noise, v, clip_denoised)
             terms.append(term)
@@ -541,7 +551,8 @@ def classifier_free_guidance(model, labels, scale):
 
     labels is int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; with and without labels run as
     one batch. w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. A learned variance is
-    that predicted with labels. Raises ValueError if the model has no classes or a label is out of range."""
+    that predicted with labels. Raises ValueError if the model has no classes, scale is not finite or a label is
+    out of range."""
     # Checks
     no_label = getattr(model, "num_classes", None)
     if not no_label:
@@ -558,9 +569,9 @@ def classifier_free_guidance(model, labels, scale):
         both_labels = torch.cat([labels, torch.full_like(labels, no_label)])
         both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both_labels)
         conditional, unconditional = both.chunk(2)
-        c = x_t.shape[1]
-        noise = (1 + scale) * conditional[:, :c] - scale * unconditional[:, :c]
-        return torch.cat([noise, conditional[:, c:]], dim=1)
+        c = x_t.shape[1]  # further channels are v
+        prediction = (1 + scale) * conditional[:, :c] - scale * unconditional[:, :c]
+        return torch.cat([prediction, conditional[:, c:]], dim=1)
 
     return guided
 
@@ -577,7 +588,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def zero(module):
-    """Zero-initialise a module, so that the residual block it ends starts as the identity."""
+    """Zero-initialise a module, so that the residual branch or the network that it ends starts as 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -628,6 +639,7 @@ class AttentionBlock(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
+        # In a Sequential, because the published name is to_out.0
         self.to_out = nn.Sequential(zero(nn.Linear(channels, channels)))
 
     def forward(self, x):
@@ -661,9 +673,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """A container, named as in diffusers, whose parts UNet.forward calls: the blocks of one resolution, a residual
-    block for each number in in_channels, each followed by attention or by nothing. UNet adds at most one layer that
-    changes the size."""
+    """The blocks of one resolution: a residual block for each number in in_channels, each followed by attention or by
+    nothing. UNet adds at most one layer that changes the size, and calls the parts. Their names are diffusers'."""
 
     def __init__(self, in_channels, out_channels, time_dim, dropout, groups, attention):
         super().__init__()
@@ -681,7 +692,7 @@ class UNet(nn.Module):
 
     Norms have 32 groups as in the paper if dim ≥ 128; smaller networks have dim/16, because smaller groups are slow on
     a CPU. Raises ValueError unless dim is a multiple of 4 and image_size of 2^(number of levels − 1), and for sizes and
-    numbers below 1."""
+    numbers below 1, and a dropout outside [0, 1)."""
 
     def __init__(
         self,
@@ -690,7 +701,7 @@ class UNet(nn.Module):
         dim_mults=(1, 2, 2, 2),  # channels of each level, in multiples of dim; each level halves the size
         num_res_blocks=2,  # per level on the way down; there is one more on the way up
         attn_resolutions=(16,),  # sizes at which attention follows each residual block; if any, also in the middle
-        image_size=32,  # height and width, a multiple of 2^(number of levels − 1)
+        image_size=32,  # which decides the levels that have attention; a multiple of 2^(number of levels − 1)
         dropout=0.1,  # in the residual blocks
         time_dim=None,  # width of the time embedding (default: 4 dim)
         num_classes=None,  # labels y are int64 (B,); num_classes itself, or y = None, means "no label"
@@ -746,7 +757,7 @@ class UNet(nn.Module):
         self.mid_block = level([channels, channels], channels, attention=bool(attn_resolutions))
         self.mid_block.attentions[1] = nn.Identity()  # none after the second block
 
-        # Up
+        # Up: each residual block also takes the last skip connection that is left
         self.up_blocks = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             in_channels = []
@@ -813,25 +824,26 @@ def train(config, checkpoint=None, watch=None):
     the end (default: Run.grid). Under torchrun, each process computes its share of every batch and rank 0 writes."""
     # Set-up
     rank, world_size = rank_and_world_size()
-    images, labels, num_classes, state, diffusion = prepare_training(config, checkpoint)
+    images, labels, state, diffusion = prepare_training(config, checkpoint)
+    watch = watch or Run.grid
     with start_training(config, state, images, labels, diffusion) as (network, log, signals, bar):
         for step in range(state.step, config.steps):
             torch.manual_seed(derive_seed(config.seed, "training", step, rank))  # so that a resumed run draws the same
             chosen = torch.randint(len(images), (config.batch_size // world_size,), device=images.device)
-            y = labels[chosen] if num_classes else None
+            y = None if labels is None else labels[chosen]
 
-            # Algorithm 1
+            # Algorithm 1, with random flips and label dropout in training_loss
             # fmt: off
             x_start = to_model(images[chosen])                                                 # x_0 ~ q(x_0)
             t = torch.randint(diffusion.timesteps, (len(chosen),), device=images.device)       # t ~ Uniform({1, …, T})
             noise = torch.randn_like(x_start)                                                  # ε ~ N(0, I)
-            loss = training_loss(network, diffusion, config, x_start, t, noise, y, no_label=num_classes)
+            loss = training_loss(network, diffusion, config, x_start, t, noise, y, state.model.num_classes)
             loss.backward()                                                                    # ∇_θ ‖ε − ε_θ(x_t, t)‖²
             # fmt: on
 
             # Adam's step, and the EMA of the weights
             gradient_norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
-            state.optimizer.param_groups[0]["lr"] = config.lr * learning_rate(config, step)
+            state.optimizer.param_groups[0]["lr"] = learning_rate(config, step)
             state.optimizer.step()
             state.optimizer.zero_grad()
             ema_update(state.ema, state.model, step, config.ema_decay)
@@ -846,14 +858,15 @@ def train(config, checkpoint=None, watch=None):
             if draw and rank == 0:
                 log.compare(state, diffusion)
             if save or draw or done % config.log_every == 0:
-                bar.set_postfix(loss=f"{log.write():.4f}")
+                mean_loss = log.write()
+                bar.set_postfix(loss=f"{mean_loss:.4f}")
             if save and rank == 0:
                 state.save(done)
             if stopped:
                 break
             if draw and rank == 0:
                 with log.pause():
-                    (watch or Run.grid)(Run(config, state.ema, diffusion), done)
+                    watch(Run(config, state.ema, diffusion), done)
 
     # The end, or an interruption
     if dist.is_initialized():
@@ -865,7 +878,7 @@ def train(config, checkpoint=None, watch=None):
 
 
 def prepare_training(config, checkpoint):
-    """Returns images, labels and the number of classes to train on, the state to train, and the diffusion."""
+    """Returns images and labels (or None) to train on, the state to train, and the diffusion."""
     _, world_size = rank_and_world_size()
     if config.batch_size % world_size:
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {world_size} processes sharing it")
@@ -878,9 +891,8 @@ def prepare_training(config, checkpoint):
     device = pick_device(config.device)
     check_memory(config, device)
     images, labels, classes, checksum, examples = load_training_data(config, device)
-    num_classes = len(classes) if classes else None
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, diffusion = build(config, images.shape[1], num_classes)
+    model, diffusion = build(config, images.shape[1], len(classes) if classes else None)
     if config.weights and checkpoint is None:
         load_initial_weights(model, config)
     model = model.to(device, memory_format=torch.channels_last)
@@ -893,7 +905,7 @@ def prepare_training(config, checkpoint):
     state = TrainingState(config, model, ema, optimizer, classes, len(images), checksum, examples)
     if checkpoint is not None:
         state.restore(checkpoint)
-    return images, labels, num_classes, state, diffusion.to(device)
+    return images, labels, state, diffusion.to(device)
 
 
 @contextlib.contextmanager
@@ -922,7 +934,7 @@ def try_step(network, diffusion, config, state, images, labels):
     y = labels[chosen] if labels is not None else None
     t = torch.zeros_like(chosen)
     noise = torch.randn_like(x_start)
-    loss = training_loss(network, diffusion, config, x_start, t, noise, y, no_label=state.model.num_classes)
+    loss = training_loss(network, diffusion, config, x_start, t, noise, y, state.model.num_classes)
     loss.backward()
     state.optimizer.zero_grad()
 
@@ -937,8 +949,8 @@ def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
 
     # Label dropout
     if y is not None:
-        hidden = torch.rand(len(y), device=y.device) < config.label_dropout
-        y = torch.where(hidden, no_label, y)
+        dropped = torch.rand(len(y), device=y.device) < config.label_dropout
+        y = torch.where(dropped, no_label, y)
 
     # Eq. 14 or 5
     with autocast(config, x_start.device):
@@ -946,19 +958,19 @@ def training_loss(network, diffusion, config, x_start, t, noise, y, no_label):
 
 
 def learning_rate(config, step):
-    """What config.lr is multiplied by at a step: a linear rise to 1 over config.warmup steps, and with config.lr_decay
-    "linear" also a linear fall to 0 at the last step."""
-    rise = min(1.0, (step + 1) / (config.warmup + 1))
+    """Adam's learning rate at a step: it rises linearly to config.lr over config.warmup steps. With config.lr_decay
+    "linear" it is also multiplied by 1 − step/steps, which reaches 0 after the last step."""
+    factor = min(1.0, (step + 1) / (config.warmup + 1))
     if config.lr_decay == "linear":
-        return rise * (1 - step / config.steps)
-    return rise
+        factor = factor * (1 - step / config.steps)
+    return config.lr * factor
 
 
 @torch.no_grad()
 def ema_update(averaged, model, n, decay):
     """w̄ ← d w̄ + (1 − d) w for all weights, with d = min(decay, (1 + n)/(10 + n)) after n updates, so that a short run
-    averages too; the first update copies the weights. (torch's AveragedModel reads n from the device, which would make
-    every step wait for it.)"""
+    does not average its initial weights; the first update copies the weights. (torch's AveragedModel reads n from the
+    device, which would make every step wait for it.)"""
     d = min(decay, (1 + n) / (10 + n)) if n else 0.0
     torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - d)
 
@@ -1013,9 +1025,9 @@ class Run:
         return self.diffusion.betas.device
 
     def trajectory(self, count, labels=None, seed=0, sampler="dpm-solver", sampling_steps=None, eta=0.0, guidance=0.0):
-        """An iterator over count images after each sampling step; the last are x_0. All noise of image i is drawn from
-        seed + i, so that an image does not depend on the others. labels is (count,) or None. sampling_steps is S
-        (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
+        """Returns an iterator that yields count images after each sampling step, at last x_0. All noise of image i
+        is drawn from seed + i, so that an image does not depend on the others. labels is (count,) or None.
+        sampling_steps is S (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
         # Checks
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler must be {', '.join(SAMPLERS[:-1])} or {SAMPLERS[-1]}, got {sampler!r}")
@@ -1029,7 +1041,7 @@ class Run:
         # x_T ~ N(0, I)
         generators = [torch.Generator(self.device).manual_seed(int(seed) + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
-        x_t = noise_like(self.diffusion.betas, shape, generators)
+        x_t = sample_noise(shape, self.diffusion.betas, generators)
 
         # ε_θ, with labels and guidance
         guided = self.model
@@ -1042,15 +1054,15 @@ class Run:
 
         # x_T → x_0
         diffusion = self.diffusion
-        if sampler == "dpm-solver":
-            steps = min(10, diffusion.timesteps) if sampling_steps is None else sampling_steps
-            return diffusion.dpm_solver_sample_steps(model, x_t, steps)
+        if sampler == "ddpm":
+            if sampling_steps is not None:
+                diffusion, model = diffusion.respace(model, sampling_steps)
+            return diffusion.p_sample_steps(model, x_t, generator=generators)
+        if sampling_steps is None:
+            sampling_steps = min({"dpm-solver": 10, "ddim": 50}[sampler], diffusion.timesteps)
         if sampler == "ddim":
-            steps = min(50, diffusion.timesteps) if sampling_steps is None else sampling_steps
-            return diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generators)
-        if sampling_steps is not None:
-            diffusion, model = diffusion.respace(model, sampling_steps)
-        return diffusion.p_sample_steps(model, x_t, generator=generators)
+            return diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generators)
+        return diffusion.dpm_solver_sample_steps(model, x_t, sampling_steps)
 
     def labels(self, count, label=None):
         """(count,) labels: every class in turn, or the one of the given name or number. None for a network without
@@ -1087,7 +1099,8 @@ class Run:
 
 
 def sample(run, count, seed=0, **options):
-    """Draw count images with the options of Sampling and write them into the run's folder. Returns the paths written.
+    """Draw count images, at most SHOWN unless individual, with the options of Sampling, and write them into the run's
+    folder. Returns the paths written.
 
     Image i depends on seed and i only, to rounding: not on the count, the batches, or the processes that share them.
     Batches are equally large, so that a compiled network sees one shape."""
@@ -1142,10 +1155,10 @@ def sample(run, count, seed=0, **options):
 
 
 def draw_batches(run, drawn, batches, size, labels, seed, options):
-    """Draw this process's share of the batches into drawn, which maps i to the uint8 images of batch i. What is there
-    is not drawn again, but for batch 0 with options.animate, of which every x_t is returned."""
+    """Draw this process's share of the batches into drawn, which maps i to the uint8 images of batch i. Batches in it
+    are skipped. Returns every x_t of batch 0 if options.animate, for which that is drawn again, or an empty list."""
     rank, world_size = rank_and_world_size()
-    how = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
+    sampler_options = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
     frames = []
     for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar()):
         animate = options.animate and i == 0
@@ -1153,7 +1166,8 @@ def draw_batches(run, drawn, batches, size, labels, seed, options):
             continue
         # From x_T to x_0
         batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
-        trajectory = run.trajectory(size, batch_labels, derive_seed(seed, "sampling") + i * size, **how)
+        first_seed = derive_seed(seed, "sampling") + i * size
+        trajectory = run.trajectory(size, batch_labels, first_seed, **sampler_options)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar()):
             if animate:
                 frames.append(to_pixels(x_t).cpu())
@@ -1234,8 +1248,8 @@ def load_data(name_or_folder, image_size=32, device="cpu", split=None):
     "digits" is assets/digits.png. "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
     they are not there. Anything else is a folder of images, resized and cropped to image_size, whose subfolders are the
     classes, in natural order (2 before 10). split="test" is what training does not see: torchvision's test set, every
-    tenth of the digits, and those images of a folder whose file has a CRC-32 divisible by ten, so that it depends on
-    the file alone. "train" is the rest; None is everything (torchvision's training set).
+    tenth of the digits, and those images of a folder whose file has a CRC-32 divisible by ten, unless that is a whole
+    class. "train" is the rest; None is everything (torchvision's training set).
     Raises ValueError for a folder that does not exist or has no images, an unreadable image, a failed download."""
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be train, test or None, got {split!r}")
@@ -1461,6 +1475,8 @@ def describe_folder(folder, data):
         named = [f"{i} = {name or '(no folder)'} ({counts[i]:,})" for i, name in enumerate(data.classes[:20])]
         more = ["…"] if len(data.classes) > 20 else []
         lines.append("labels: " + ", ".join([*named, *more]))
+    else:
+        lines.append("labels: none; they take two or more subfolders, one for each class")
     return "\n".join(lines)
 
 
@@ -1592,10 +1608,10 @@ class Config:
     steps: int = option(1200, "training steps", 1)
     batch_size: int = option(128, "images per step, over all processes together", 1)
     lr: float = option(3e-3, "Adam's learning rate", 0, 1)
-    warmup: int = option(50, "steps over which the learning rate rises from 0", 0)
+    warmup: int = option(50, "steps over which the learning rate rises linearly", 0)
     lr_decay: str = option(
         "linear",
-        "the learning rate after the warm-up: constant, or falling to 0 at the last step",
+        "the learning rate after the warm-up: constant, or falling linearly towards 0",
         choices=("constant", "linear"),
     )
     grad_clip: float = option(1.0, "the gradient's norm is clipped at this value; 0 does not clip", 0)
@@ -1736,7 +1752,7 @@ PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, f
 
 
 def preset(data, name=None, **changes):
-    """The default Config of a data set, with overrides: that of PRESETS[name] (default: its own, or "folder")."""
+    """The default Config of a data set, with changes to its fields. name selects another preset than the data set's."""
     if name not in (None, *PRESETS):
         raise ValueError(f"the name must be one of {', '.join(PRESETS)}, got {name!r}")
     settings = dict(PRESETS[name or (data if data in DATA_SETS else "folder")], data=data)
@@ -1845,8 +1861,8 @@ def autocast(config, device):
 
 def maybe_compile(config, device, network):
     """The network, compiled if config.compile says so (default: on CUDA with Triton, which torch installs on Linux
-    only). On CUDA it then runs as CUDA graphs: launching its kernels one by one takes longer than their work, so that
-    the paper's network trains 2.5 times slower."""
+    only). On one GPU it then runs as CUDA graphs, which train the paper's network 2.5 times as fast: launching its
+    kernels one by one takes longer than their work."""
     # By default, only where torch.compile works and pays
     wanted = config.compile
     if wanted is None:
@@ -2291,13 +2307,14 @@ def check_finite(network, source):
 def lock_folder(out, use="training"):
     """Context manager that keeps other trainings, or other samplings, out of a run's folder; the lock ends with the
     process. A training's lock is .NAME.lock beside the folder, because the folder may be renamed. A sampling's lock is
-    inside it, and so is a training's if the parent folder is read-only. Raises ValueError if another process holds the
-    lock."""
+    inside it, and so is a training's if the parent folder is read-only. If the caller fails, folders that were made for
+    the lock alone are removed. Raises ValueError if another process holds the lock."""
     # The lock's place
     real = resolve(out)
     if not real.name or (out.exists() and not out.is_dir()):
         raise ValueError(f"{out} is no folder for a run: --out names one")
     path = real.with_name(f".{real.name}.lock")
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     if use == "sampling" or (real.is_dir() and not os.access(path.parent, os.W_OK)):
         path = real / f".{use}.lock"
@@ -2305,7 +2322,15 @@ def lock_folder(out, use="training"):
     # Held until the caller is done
     try:
         with FileLock(path, timeout=0):
-            yield
+            try:
+                yield
+            except BaseException:
+                if not real.exists():
+                    with contextlib.suppress(OSError):  # Windows keeps files that are open
+                        path.unlink()
+                        for parent in made:
+                            parent.rmdir()
+                raise
     except Timeout:
         advice = "wait until it ends" if use == "sampling" else "--out names another folder"
         raise ValueError(f"another {use} is running in {out}: {advice}") from None
@@ -2519,9 +2544,9 @@ class TrainingLog:
         if self.done == self.timed_from:
             self.timed_since = time.perf_counter()
         elif self.timed_since is not None and time.perf_counter() - self.timed_since >= 5:
-            self.foretell()
+            self.print_estimate()
 
-    def foretell(self):
+    def print_estimate(self):
         """Print, once, how long the rest of the training will take, if that is a minute or more, and its memory."""
         # How long
         steps_per_second = (self.done - self.timed_from) / (time.perf_counter() - self.timed_since)
@@ -2545,7 +2570,7 @@ class TrainingLog:
     def compare(self, state, diffusion):
         """For the next line, the loss of the averaged weights on training images and on held-out ones: 512 of each,
         with the same t, evenly spread, and the same ε every time. Where it rises on the held-out images and falls on
-        the others, the network learns its images by heart."""
+        the others, the network memorises its training images."""
         with self.pause():
             for i, (images, labels) in enumerate(state.examples):
                 generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "comparison"))
@@ -2572,7 +2597,7 @@ class TrainingLog:
 
         now = time.perf_counter()
         speed = len(self.history) * self.config.batch_size / (now - self.since)
-        lr = self.config.lr * learning_rate(self.config, self.done - 1)
+        lr = learning_rate(self.config, self.done - 1)
         if rank == 0:
             means = f"{losses.mean():.6f},{norms.mean():.4f}"
             compared = ",".join(self.compared)
@@ -3123,11 +3148,11 @@ def main(arguments=None):
     prepare_terminal()
 
     # The mode, or the line that says what is wrong
-    less = "fewer images need less"
+    advice = "fewer images need less"
     try:
         mode, given = parse(sys.argv[1:] if arguments is None else arguments)
         if mode != "evaluate":
-            less = f"a smaller --{'sampling-batch' if mode == 'sample' else 'batch-size'} needs less"
+            advice = f"a smaller --{'sampling-batch' if mode == 'sample' else 'batch-size'} needs less"
         keep_freed_memory()
         if not 0 <= given.get("seed", 0) < 2**32:
             raise ValueError(f"--seed must lie in 0…{2**32 - 1}, got {given['seed']}")
@@ -3154,7 +3179,7 @@ def main(arguments=None):
         line = str(interruption) or "interrupted"
     except torch.OutOfMemoryError as error:
         status = 2
-        line = f"error: {str(error).split('. ')[0]}; {less}"
+        line = f"error: {str(error).split('. ')[0]}; {advice}"
     except torch._dynamo.exc.TorchDynamoException as error:
         status = 2
         line = f"error: torch.compile fails ({in_one_line(error)}); use --no-compile"
@@ -3162,7 +3187,7 @@ def main(arguments=None):
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         status = 2
-        line = f"error: not enough memory ({in_one_line(error)}); {less}"
+        line = f"error: not enough memory ({in_one_line(error)}); {advice}"
     print(f"ddpm.py: {' '.join(line.splitlines())}", file=sys.stderr)
     sys.exit(status)
 

@@ -62,6 +62,7 @@ import torchvision
 from PIL import Image, ImageSequence
 from torch import nn
 
+import bench_ddpm
 import ddpm
 
 SEED = int(os.environ.get("DDPM_TEST_SEED", 0))
@@ -2400,12 +2401,13 @@ def test_moving_average_written_out():
 
 
 def test_learning_rate_rises_and_then_holds_or_falls():
-    """The factor of --lr: linear from 1/(warmup + 1) to 1, then constant, or times a line that reaches 0 after the last
-    step."""
-    constant, linear = (ddpm.preset("digits", steps=100, warmup=9, lr_decay=decay) for decay in ("constant", "linear"))
-    assert [ddpm.learning_rate(constant, step) for step in (0, 4, 9, 50, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    """Linear from lr/(warmup + 1) to lr, then constant, or times a line that reaches 0 after the last step."""
+    how = dict(steps=100, warmup=9, lr=0.02)
+    constant, linear = (ddpm.preset("digits", lr_decay=decay, **how) for decay in ("constant", "linear"))
+    rates = [ddpm.learning_rate(constant, step) for step in (0, 4, 9, 50, 99)]
+    assert rates == pytest.approx([0.002, 0.01, 0.02, 0.02, 0.02])
     falling = [ddpm.learning_rate(linear, step) for step in (0, 4, 9, 50, 99, 100)]
-    assert falling == pytest.approx([0.1, 0.48, 0.91, 0.5, 0.01, 0])
+    assert falling == pytest.approx([0.002, 0.0096, 0.0182, 0.01, 0.0002, 0])
 
 
 def test_a_tiny_network_learns_its_images(folder):
@@ -3319,6 +3321,17 @@ def test_a_folder_is_described_before_training(folder, capsys):
     Path("pictures/cats").rename("pictures/zebras")
     assert cli("--train", "--resume", "--steps", 4) == 2
     assert "pictures has other classes than the run in runs/pictures: ['cats', 'dogs']" in capsys.readouterr().err
+
+
+def test_a_folder_without_classes_says_so(folder, capsys):
+    """With fewer than two subfolders there is nothing to learn a label from, even if --conditional asks for it."""
+    for i in range(12):
+        save(folder / "pictures" / "all" / f"{i}.png", size=(8, 8), colour=(8 * i, 0, 99))
+    how = {**TINY, "data": "pictures", "image_size": 8, "steps": 1}
+    assert cli("--train", *flags(how), "--conditional") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "labels: none; they take two or more subfolders, one for each class"
+    assert ddpm.Run.read("runs/pictures").model.num_classes is None
 
 
 @pytest.mark.parametrize("name, channels", [("mnist", 1), ("fashion_mnist", 1), ("cifar10", 3)])
@@ -4360,7 +4373,7 @@ def test_weights_of_a_checkpoint_that_are_integers_are_refused(folder, capsys):
 
 
 def test_a_reader_that_has_gone_does_not_end_training(folder, monkeypatch):
-    """The line that foretells the time is written to a closed pipe; training comes to its end."""
+    """The line with the time to go is written to a closed pipe; training comes to its end."""
 
     def closed(*_, **__):
         raise BrokenPipeError
@@ -4611,14 +4624,19 @@ def test_two_processes_are_algorithm_1_too(folder, start):
     said = both("--train", *flags({**TINY, **EVERYTHING, "steps": 3, "out": "two", "device": "cpu"}))
     assert [line.split(" ")[0] for line in said] == ["1,618", "self-attention", "the", "next:"]
     assert_trained_as_algorithm_1(read("two"), "two", processes=2)
-    sampling = ["--sample", 7, "--sampling-batch", 2, "--sampling-steps", 4, "--out", "two", "--individual"]
-    sampling += ["--no-bf16", "--device", "cpu"]
-    assert both(*sampling) == ["two/samples.png", "two/individual"]
-    files = [Path("two/samples.png"), *(Path(f"two/individual/{i:05}.png") for i in range(7))]
-    shared = [path.read_bytes() for path in files]
-    assert cli(*sampling) == 0
-    assert shared == [path.read_bytes() for path in files]
 
+    # Samples
+    sampling = ["--sample", 7, "--sampling-batch", 2, "--sampling-steps", 4, "--out", "two", "--no-bf16"]
+    sampling += ["--device", "cpu"]
+    assert both(*sampling) == ["two/samples.png"]
+    grid = Path("two/samples.png").read_bytes()
+    sampling.append("--individual")
+    assert cli(*sampling) == 0
+    assert Path("two/samples.png").read_bytes() == grid
+    files = [Path(f"two/individual/{i:05}.png") for i in range(7)]
+    alone = [path.read_bytes() for path in files]
+
+    # A drawing that was stopped after its first batch
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
@@ -4628,13 +4646,10 @@ def test_two_processes_are_algorithm_1_too(folder, start):
     (store,) = Path("two/.drawn").iterdir()
     torch.save(torch.full((2, 1, 8, 8), 77, dtype=torch.uint8), store / "0.pt")
     assert both(*sampling) == ["two/samples.png", "two/individual"]
-    images = [np.asarray(Image.open(path)) for path in files[1:]]
-    assert [(image == 77).all() for image in images] == [True, True, *[False] * 5]
-    assert [path.read_bytes() for path in files[3:]] == shared[3:]
+    assert [(np.asarray(Image.open(path)) == 77).all() for path in files] == [True, True, *[False] * 5]
+    assert [path.read_bytes() for path in files[2:]] == alone[2:]
 
-    sampling.remove("--individual")
-    assert both(*sampling) == ["two/samples.png"]  # the first two images are drawn again
-    assert files[0].read_bytes() == shared[0]
+    # One process resumes
     assert cli("--train", "--resume", "--steps", 4, "--out", "two") == 0
     assert read("two")["step"] == 4
 
@@ -5046,6 +5061,24 @@ def test_too_little_memory_or_no_compiler_is_one_line(folder, monkeypatch, capsy
     assert re.match(r"ddpm.py: error: torch.compile fails \(.*no compiler to be found.*--no-compile", line)
     assert len(line) < 280
     assert sorted(Path("runs").rglob("*")) == earlier
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps files that are open: run it on Linux or macOS")
+def test_a_training_that_is_refused_at_its_first_step_leaves_nothing(folder, monkeypatch):
+    """No folder, and no lock of one: neither the first run in runs/, nor one beside others."""
+
+    def exhausted(self, *batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(ddpm.GaussianDiffusion, "p_losses", exhausted)
+    before = sorted(Path().rglob("*"))
+    for out in ("runs/digits", "a/b/c"):
+        assert cli("--train", *flags({**TINY, "steps": 1, "out": out})) == 2
+        assert sorted(Path().rglob("*")) == before
+    Path("a/other").mkdir(parents=True)
+    before = sorted(Path().rglob("*"))
+    assert cli("--train", *flags({**TINY, "steps": 1, "out": "a/b"})) == 2
+    assert sorted(Path().rglob("*")) == before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory: run it on Linux")
@@ -5699,17 +5732,20 @@ def test_a_grid_has_ten_images_of_at_most_sixteen_classes(folder):
 def test_any_terminal_can_print_everything(folder, monkeypatch):
     """In encodings without β and ᾱ, what can't be printed is a question mark; where the reader of the output has gone,
     as head has, the exit status is 1 and nothing is on stderr."""
+
+    def printed(encoding, run, *arguments):
+        output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", output)
+            run(*arguments)
+        output.seek(0)
+        return output.read()
+
+    monkeypatch.setattr(sys, "argv", ["bench_ddpm.py", "--list"])
     for encoding in ("ascii", "cp1252"):
         for line in ("--help", "--train --help", "--sample --help", "--evaluate --help"):
-            output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-            monkeypatch.setattr(sys, "stdout", output)
-            assert cli(*line.split()) == 0
-            output.seek(0)
-            assert "ddpm.py" in output.read()
-    experiments = [sys.executable, HERE / "bench_ddpm.py", "--list"]
-    said = subprocess.run(experiments, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
-    assert (said.returncode, said.stderr) == (0, "")
-    assert "objectives" in said.stdout
+            assert "ddpm.py" in printed(encoding, cli, *line.split())
+        assert "objectives" in printed(encoding, bench_ddpm.main)
 
     reading, writing = os.pipe()
     os.close(reading)
@@ -6174,6 +6210,7 @@ def test_a_known_mistake_turns_its_test_red(right, wrong, test, request, monkeyp
     mistaken.__file__ = ddpm.__file__
     exec(compile(source.replace(right, wrong), "ddpm.py with a mistake", "exec"), mistaken.__dict__)
     mistaken.pick_device = ddpm.pick_device
+    mistaken.EXAMPLES = ddpm.EXAMPLES
     fixtures = [name for name in inspect.signature(test).parameters if name not in getattr(test, "keywords", {})]
     arguments = {name: request.getfixturevalue(name) for name in fixtures}
     mistaken.Run.grid = ddpm.Run.grid
