@@ -4116,22 +4116,23 @@ WRONG = [None, -1, "a", {"a": 1}, torch.zeros(2)]
     "part",
     ["model", "ema", "optimizer", "step", "config", "image_channels", "num_classes", "classes", "images", "checksum"],
 )
-def test_a_checkpoint_with_a_wrong_part_is_refused(part, folder):
+def test_a_checkpoint_with_a_wrong_part_is_refused(part, folder, trained):
     """Each part, and two settings of config, missing or of five wrong values: reading it to sample or to resume is
     refused by a ValueError of one line, which the command line prints, or works if the value is right after all."""
-    right = train(steps=1)
+    right = read(trained / "runs/digits")
 
     def attempt(change):
-        saved = copy.deepcopy(right)
+        saved = {**right, "config": {**right["config"], "out": "run"}}
         change(saved)
-        torch.save(saved, "runs/digits/checkpoint.pt")
+        torch.save(saved, "run/checkpoint.pt")
         try:
-            checkpoint = ddpm.read_checkpoint("runs/digits")
+            checkpoint = ddpm.read_checkpoint("run")
             ddpm.averaged_network(checkpoint)
             ddpm.prepare_training(dataclasses.replace(checkpoint["config"], steps=2), checkpoint)
         except ValueError as error:
             assert "\n" not in str(error)
 
+    Path("run").mkdir()
     attempt(lambda saved: saved.pop(part))
     for value in WRONG:
         attempt(lambda saved, value=value: saved.update({part: value}))
