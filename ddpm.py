@@ -731,7 +731,9 @@ class UNet(nn.Module):
         self.position = SinusoidalPositionEmbeddings(dim)
         layers = OrderedDict(linear_1=nn.Linear(dim, time_dim), silu=nn.SiLU(), linear_2=nn.Linear(time_dim, time_dim))
         self.time_embedding = nn.Sequential(layers)
-        self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
+        self.class_embedding = None
+        if num_classes:  # from N(0, I), as nn.Embedding does, which on the meta device takes seconds
+            self.class_embedding = nn.Embedding.from_pretrained(torch.randn(num_classes + 1, time_dim), freeze=False)
 
         # Down; skip_channels are the channels of each skip connection, in order.
         groups = 32 if dim >= 128 else max(1, dim // 16)
