@@ -719,9 +719,7 @@ class UNet(nn.Module):
             raise ValueError(f"dim must be a multiple of 4, got {dim}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        counts = [*dim_mults, image_channels, num_res_blocks]
-        if num_classes is not None:
-            counts.append(num_classes)
+        counts = [*dim_mults, image_channels, num_res_blocks, 1 if num_classes is None else num_classes]
         if not dim_mults or min(counts) < 1:
             got = f"got {tuple(dim_mults)}, {image_channels}, {num_res_blocks} and {num_classes}"
             raise ValueError(f"dim_mults, image_channels, num_res_blocks and num_classes must be at least 1, {got}")
