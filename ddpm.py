@@ -1981,9 +1981,14 @@ def any_process_received(signals, control):
 # Files
 
 
+def temporary_path(path):
+    """A hidden name beside path for what is not complete yet, another one for each writer."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")
+
+
 def atomic_write(path, save):
     """Call save(file) on a temporary file, fsync it and rename it: path is always the complete old or new file."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             save(file)
@@ -2001,8 +2006,8 @@ def atomic_write(path, save):
 
 def write_folder(path, save):
     """Call save(folder) on an empty temporary folder, then rename it to path, replacing what is there."""
-    # The new folder, with a name of its own for each writer
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    # The new folder
+    temporary = temporary_path(path)
     temporary.mkdir(parents=True)
     try:
         save(temporary)
@@ -2142,9 +2147,7 @@ class ImageStore:
         return load_tensors(self.path(i))
 
     def __setitem__(self, i, pixels):
-        temporary = self.folder / f"{i}.{os.getpid()}"  # a name of its own for each writer
-        atomic_write(temporary, functools.partial(torch.save, pixels))
-        temporary.replace(self.path(i))
+        atomic_write(self.path(i), functools.partial(torch.save, pixels))
 
     def remove(self):
         """Remove all images."""
@@ -2326,14 +2329,19 @@ def lock_folder(out, use="training"):
                 yield
             except BaseException:
                 if not real.exists():
-                    with contextlib.suppress(OSError):  # Windows keeps files that are open
-                        path.unlink()
-                        for parent in made:
-                            parent.rmdir()
+                    remove_lock(path, made)
                 raise
     except Timeout:
         advice = "wait until it ends" if use == "sampling" else "--out names another folder"
         raise ValueError(f"another {use} is running in {out}: {advice}") from None
+
+
+def remove_lock(path, made):
+    """Remove a lock's file and the folders made for it, unless they are in use; Windows keeps files that are open."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+        for folder in made:
+            folder.rmdir()
 
 
 def resolve(path):
@@ -2610,6 +2618,7 @@ class TrainingLog:
         return losses.mean()
 
     def check_finite(self, losses, norms):
+        """Raise ValueError with the first step whose loss or gradient is not finite."""
         finite = losses.isfinite() & norms.isfinite()
         if not finite.all():
             step = self.done - len(finite) + int(finite.int().argmin())
@@ -2858,6 +2867,7 @@ def describe_schedule(config):
 
 
 def write_json(path, value):
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -3058,6 +3068,7 @@ def refuse_two_runs(given):
 
 
 def given_machine(given):
+    """Those of the given options that say on which machine to compute, and how."""
     return {name: given[name] for name in MACHINE if name in given}
 
 

@@ -1,6 +1,6 @@
 """The proof of ddpm.py: each equation of the paper, derived a second time.
 
-    pytest                       # three to four minutes on two CPU cores
+    pytest                       # two to four minutes on two CPU cores
     DDPM_TEST_SEED=7 pytest      # the same tests with other random numbers
 
 The first part follows the paper and can be read beside it. Each test derives the expected value independently of
@@ -4646,6 +4646,8 @@ def test_two_processes_are_algorithm_1_too(folder, start):
         assert cli(*sampling) == 130
     (store,) = Path("two/.drawn").iterdir()
     torch.save(torch.full((2, 1, 8, 8), 77, dtype=torch.uint8), store / "0.pt")
+    assert cli(*sampling[:-1]) == 0
+    assert Path("two/samples.png").read_bytes() == grid  # without --individual the first two images are drawn again
     assert both(*sampling) == ["two/samples.png", "two/individual"]
     assert [(np.asarray(Image.open(path)) == 77).all() for path in files] == [True, True, *[False] * 5]
     assert [path.read_bytes() for path in files[2:]] == alone[2:]
@@ -5735,11 +5737,14 @@ def test_any_terminal_can_print_everything(folder, monkeypatch):
     as head has, the exit status is 1 and nothing is on stderr."""
 
     def printed(encoding, run, *arguments):
-        output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        output, errors = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", output)
-            run(*arguments)
-        output.seek(0)
+            patch.setattr(sys, "stderr", errors)
+            assert not run(*arguments)
+        for stream in (output, errors):
+            stream.seek(0)
+        assert errors.read() == ""
         return output.read()
 
     monkeypatch.setattr(sys, "argv", ["bench_ddpm.py", "--list"])
