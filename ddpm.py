@@ -2,7 +2,8 @@
 
 Read it beside the paper, from top to bottom. Sections 1 to 6 are the method, of this paper and of those that the
 functions name; the rest is plumbing.
-    1 noise schedules     2 diffusion           3 guidance     4 network     5 training: Algorithm 1     6 sampling
+    1 noise schedules     2 diffusion: Algorithm 2     3 guidance     4 network     5 training: Algorithm 1
+    6 sampling: DDIM, DPM-Solver, likelihood, and from a trained network to images
     7 data     8 configuration     9 files and devices     10 published weights     11 command line
 
 Equation, algorithm and section numbers are the paper's unless another paper is named. The paper counts t = 1…T with
@@ -84,9 +85,9 @@ def broadcast(values, x):
 
 
 def sample_noise(shape, like, generator=None, noise=None):
-    """Returns noise if it is given, or else a sample of N(0, I) of this shape, with the dtype and device of like. A
-    list of generators has one for each image. Raises ValueError if noise has another shape, if noise or like are
-    integers, or for another number of generators than images."""
+    """Returns noise if it is given, or else a sample of N(0, I) of this shape, with the dtype and device of like.
+    generator is a torch.Generator, or a list of them with one for each image. Raises ValueError if noise has another
+    shape, if noise or like are integers, or for another number of generators than images."""
     if not like.is_floating_point():
         raise ValueError(f"images must be floats scaled to [-1, 1], got {like.dtype}")
     if noise is None and isinstance(generator, list):
@@ -109,8 +110,9 @@ def last(iterable):
     return result
 
 
-class GaussianDiffusion(nn.Module):
+class DDPM(nn.Module):
     """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1) and the losses between them, for given betas (T,).
+    GaussianDiffusion (section 6) adds the samplers of later papers, interpolation and the likelihood.
 
     A model is any callable model(x_t, t) that returns its prediction, shaped like x_t; it receives t as int64 (B,).
     With a learned variance it returns the prediction and v, concatenated along the channels.
@@ -122,7 +124,6 @@ class GaussianDiffusion(nn.Module):
     loss: "simple" is the squared error of the prediction (Eq. 14), with a learned variance L_hybrid (Improved DDPM Eq.
     16); "bound" is Eq. 5.
     dtype is that of the coefficients, which are computed in float64. They are buffers outside the state dict.
-    A generator is a torch.Generator, or a list of them with one for each image.
 
     Raises ValueError unless 0 < β_t < 1. Warns if √ᾱ_T > 0.05: x_T then still contains x_0, so that sampling from
     N(0, I) starts from the wrong distribution."""
@@ -150,6 +151,7 @@ class GaussianDiffusion(nn.Module):
         # α_t, ᾱ_t, ᾱ_{t−1} (which is 1 at paper t = 1) and β̃_t (Eq. 7).
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
+        self._alphas_cumprod = alphas_cumprod.tolist()  # as Python floats, for the samplers whose t is an int
         alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
         posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
 
@@ -159,10 +161,8 @@ class GaussianDiffusion(nn.Module):
 
         signal_left = alphas_cumprod[-1].sqrt()
         if signal_left > 0.05:
-            warnings.warn(
-                f"√ᾱ_T = {signal_left:.3f}, so x_T still contains x_0: more or larger betas make it < 0.05",
-                stacklevel=2,
-            )
+            message = f"√ᾱ_T = {signal_left:.3f}, so x_T still contains x_0: more or larger betas make it < 0.05"
+            warnings.warn(message, stacklevel=2)
 
         # The coefficients of the formulas below, each indexed by t. Those of Eq. 7 are of x_0 and of x_t.
         def register(name, coefficient):
@@ -177,10 +177,6 @@ class GaussianDiffusion(nn.Module):
         register("posterior_log_variance", positive_variance.log())
         register("posterior_mean_x_start", alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod))
         register("posterior_mean_x_t", alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod))
-
-        # ᾱ_t and λ_t = ½ log(ᾱ_t/(1−ᾱ_t)) as Python floats, for the samplers whose t is an int
-        self._alphas_cumprod = alphas_cumprod.tolist()
-        self._lambdas = (alphas_cumprod / (1 - alphas_cumprod)).log().div(2).tolist()
 
     # -- Forward process --
     def q_sample(self, x_start, t, noise=None):
@@ -231,12 +227,6 @@ class GaussianDiffusion(nn.Module):
         signal_part = x_t - extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * noise
         return signal_part / extract(self.sqrt_alphas_cumprod, t, x_t)
 
-    def predict_noise(self, x_t, t, x_start):
-        """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
-        self._check(x_t, t, x_start)
-        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start
-        return noise_part / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
-
     def p_mean_variance(self, model, x_t, t, clip_denoised=True):
         """Returns μ_θ, σ_t² and log σ_t² of p_θ(x_{t−1}|x_t), and x̂_0. The mean is μ_θ = μ̃_t(x_t, x̂_0) (Eq. 11).
         Without the clamp this is exactly Algorithm 2's (x_t − β_t/√(1−ᾱ_t) ε_θ) / √α_t. clip_denoised first clamps x̂_0
@@ -280,143 +270,7 @@ class GaussianDiffusion(nn.Module):
         x_t = sample_noise(shape, self.betas, generator, noise)
         return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
-    def interpolate(self, model, x_start_a, x_start_b, t, weight, noise=None, generator=None):
-        """Diffuse two images to the same t, mix them, (1−λ) x_t + λ x'_t with λ = weight, and denoise from t (Fig. 8).
-        Both get the same noise, so that the mixture has the noise level of t for every λ; the paper does not say."""
-        noise = sample_noise(x_start_a.shape, x_start_a, generator, noise)
-        x_t = (1 - weight) * self.q_sample(x_start_a, t, noise) + weight * self.q_sample(x_start_b, t, noise)
-        return last(self.p_sample_steps(model, x_t, t, generator=generator))
-
-    # -- Fewer steps: DDIM, respacing and DPM-Solver --
-    def ddim_timesteps(self, steps):
-        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, because only
-        there the network was trained on pure noise ("trailing", Lin et al., 2023)."""
-        self._check_steps(steps)
-        return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
-
-    @torch.no_grad()
-    def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
-        """One step of DDIM from t to an earlier s = prev_t, both ints; s = −1 denotes x_0 (DDIM Eq. 12, 16):
-        x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z with σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s).
-        η = 0 is deterministic; η = 1 over all T steps is Algorithm 2 with σ_t² = β̃_t. If x̂_0 is clamped, ε_θ is
-        then recomputed from x̂_0 and x_t (Eq. 4)."""
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in 0…1, got {eta}")
-        self._check(x_t, t, noise)
-        if torch.is_tensor(t) or torch.is_tensor(prev_t) or not -1 <= prev_t < t:
-            raise ValueError(f"t and prev_t must be ints, prev_t in -1…t-1, got prev_t={prev_t} with t={t}")
-        pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
-
-        # σ (DDIM Eq. 16), then x_s (DDIM Eq. 12): its part without noise, and σ z
-        alpha_bar_t = self._alpha_bar(t)
-        alpha_bar_s = self._alpha_bar(prev_t)
-        sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
-        x_s = self._combine(pred_x_start, predicted_noise, prev_t, sigma)
-        if eta > 0:
-            x_s = x_s + sigma * sample_noise(x_t.shape, x_t, generator, noise)
-        return x_s
-
-    def _alpha_bar(self, t):
-        """ᾱ_t as a Python float, so in float64 on any device; t = −1 denotes x_0, where ᾱ = 1."""
-        return self._alphas_cumprod[t] if t >= 0 else 1.0
-
-    def _predict_both(self, model, x_t, t, clip_denoised):
-        """x̂_0 (Eq. 15), clamped if clip_denoised, and the ε that gives x_t from this x̂_0 (Eq. 4)."""
-        predicted_noise, _ = self._predict(model, x_t, t)
-        pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
-        if clip_denoised:
-            pred_x_start = pred_x_start.clamp(-1, 1)
-            predicted_noise = self.predict_noise(x_t, t, pred_x_start)
-        return pred_x_start, predicted_noise
-
-    def _combine(self, x_start, noise, s, sigma=0.0):
-        """DDIM Eq. 12 without σ z: √ᾱ_s x_0 + √(1−ᾱ_s−σ²) ε at an int s, which for σ = 0 is Eq. 4."""
-        alpha_bar_s = self._alpha_bar(s)
-        return math.sqrt(alpha_bar_s) * x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * noise
-
-    def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
-        """DDIM from x_T = x_t step by step: yields as many tensors as steps, the last of which is x_0."""
-        timesteps = self.ddim_timesteps(steps)
-        for t, prev_t in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            x_t = self.ddim_sample(model, x_t, t, prev_t, eta, clip_denoised, generator=generator)
-            yield x_t
-
-    def ddim_sample_loop(self, model, shape, steps, eta=0.0, clip_denoised=True, noise=None, generator=None):
-        """DDIM in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = sample_noise(shape, self.betas, generator, noise)
-        return last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
-
-    @torch.no_grad()
-    def ddim_encode_loop(self, model, x_start, steps, clip_denoised=True):
-        """DDIM's step with η = 0 upwards in S = steps steps, from x_0 to the x_T from which ddim_sample_loop returns
-        x_0, up to an error that falls as 1/S (DDIM §4.3). The network has seen no image without noise: ε_θ(x_0) is
-        evaluated at t = 0."""
-        timesteps = self.ddim_timesteps(steps)[::-1]
-        self._check(x_start, 0)
-
-        # From x_0 to the first timestep
-        noise, _ = self._predict(model, x_start, 0)
-        x_t = self._combine(x_start, noise, timesteps[0])
-
-        # From each timestep to the next
-        for t, next_t in itertools.pairwise(timesteps):
-            pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
-            x_t = self._combine(pred_x_start, predicted_noise, next_t)
-        return x_t
-
-    def dpm_solver_timesteps(self, steps):
-        """Returns S = steps distinct timesteps, a list of ints decreasing from T−1: the starts of S equal steps from
-        λ_{T−1} to λ_0, rounded to timesteps. λ_t = ½ log(ᾱ_t/(1−ᾱ_t)) is half the logarithm of the signal-to-noise
-        ratio. With few steps none is t = 0, where a call changes the image by a few grey levels only."""
-        self._check_steps(steps)
-        lambdas = np.array(self._lambdas)
-        even = np.linspace(lambdas[-1], lambdas[0], steps, endpoint=False)
-        timesteps = [self.timesteps - 1]
-        for i in range(1, steps):
-            nearest = int(np.abs(lambdas - even[i]).argmin())
-            # Distinct: below the timestep before, and with room for those after it
-            timesteps.append(min(timesteps[-1] - 1, max(nearest, steps - 1 - i)))
-        return timesteps
-
-    @torch.no_grad()
-    def dpm_solver_sample_steps(self, model, x_t, steps, clip_denoised=True):
-        """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
-        from that at t and that at r, the timestep before: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with h = λ_s − λ_t
-        and h′ = λ_t − λ_r; ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to x_0 where
-        λ = ∞, are DDIM's. Before the last step the error falls as 1/S², until the rounding of timesteps counts."""
-        timesteps = self.dpm_solver_timesteps(steps)
-        r = x_start_r = None  # the timestep before t, and x̂_0 there
-        for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
-            x_start = pred_x_start
-            # x̂_0 extrapolated in λ to the middle of the step
-            if r is not None and s >= 0:
-                ratio = (self._lambdas[s] - self._lambdas[t]) / (self._lambdas[t] - self._lambdas[r])
-                x_start = pred_x_start + ratio / 2 * (pred_x_start - x_start_r)
-                if clip_denoised:
-                    x_start = x_start.clamp(-1, 1)
-                predicted_noise = self.predict_noise(x_t, t, x_start)
-            x_t = self._combine(x_start, predicted_noise, s)
-            r = t
-            x_start_r = pred_x_start
-            yield x_t
-
-    def dpm_solver_sample_loop(self, model, shape, steps, clip_denoised=True, noise=None, generator=None):
-        """DPM-Solver++(2M) in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = sample_noise(shape, self.betas, generator, noise)
-        return last(self.dpm_solver_sample_steps(model, x_t, steps, clip_denoised))
-
-    def respace(self, model, steps):
-        """Algorithm 2 in S = steps steps (Improved DDPM §4). Returns a diffusion over ddim_timesteps(S) only, whose
-        β' = 1 − ᾱ_t/ᾱ_s for neighbours s < t, and the model for it, which sees the original t."""
-        timesteps = self.ddim_timesteps(steps)[::-1]
-        alphas_cumprod = torch.tensor([self._alpha_bar(t) for t in timesteps], dtype=torch.float64)
-        betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-        diffusion = GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype, self.prediction_type)
-        original_t = torch.tensor(timesteps, device=self.betas.device)
-        return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
-
-    # -- Likelihood and score --
+    # -- Variational bound --
     def bound_term(self, x_start, x_t, t, predicted_noise, v, clip_denoised=False):
         """The term of Eq. 5 at t, estimated from x_t and the prediction for it: at code t = 0 L_0 = −log p_θ(x_0|x_1)
         (Eq. 13), else L_{t−1} = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), which Eq. 8 to 10 rewrite for a fixed σ_t².
@@ -429,41 +283,7 @@ class GaussianDiffusion(nn.Module):
         term = torch.where(is_first, decoder, kl)
         return term.flatten(1).mean(1) / math.log(2), pred_x_start
 
-    @torch.no_grad()
-    def bits_per_dim(self, model, x_start, clip_denoised=True, generator=None):
-        """The bound on −log₂ p_θ(x_0) (Eq. 3) in bits/dim, term by term (Eq. 5, 13), with one sample of ε for each t.
-        Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), whose column i is code t = i + 1,
-        and "L_0" (B,); "squared_error" (B, T) of x̂_0 at code t is on the [−1, 1] scale: 127.5 times its root is Fig.
-        5's RMSE. x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data, and for x_start in
-        half precision, which raises ValueError."""
-        if x_start.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"bits/dim need x_start in float32 or float64, got {x_start.dtype}")
-        terms = []
-        squared_errors = []
-        for t in range(self.timesteps):
-            x_t = self.q_sample(x_start, t, sample_noise(x_start.shape, x_start, generator))
-            predicted_noise, v = self._predict(model, x_t, t)
-            term, pred_x_start = self.bound_term(x_start, x_t, t, predicted_noise, v, clip_denoised)
-            terms.append(term)
-            squared_errors.append((pred_x_start - x_start).square().flatten(1).mean(1))
-        terms = torch.stack(terms, dim=1)
-
-        # L_T = KL(q(x_T|x_0) ‖ N(0, I))
-        mean = self.sqrt_alphas_cumprod[-1] * x_start
-        log_variance = self.sqrt_one_minus_alphas_cumprod[-1].square().log()
-        kl = normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance))
-        prior = kl.flatten(1).mean(1) / math.log(2)
-        bits = {"L_T": prior, "L_{t-1}": terms[:, 1:], "L_0": terms[:, 0], "total": prior + terms.sum(1)}
-        bits["squared_error"] = torch.stack(squared_errors, dim=1)
-        return bits
-
-    def score(self, model, x_t, t):
-        """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t): ε_θ is the score, up to a factor (§3.2)."""
-        self._check(x_t, t)
-        predicted_noise, _ = self._predict(model, x_t, t)
-        return -predicted_noise / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
-
-    # -- Calling the model, and argument checks --
+    # -- Calling the model, and argument check --
     def _predict(self, model, x_t, t):
         """Returns ε_θ(x_t, t), and v (None if the variance is fixed), in x_t's dtype."""
         # The call, and checks of what is returned
@@ -490,18 +310,12 @@ class GaussianDiffusion(nn.Module):
             prediction = extract(self.sqrt_alphas_cumprod, t, x_t) * prediction + noise_part
         return prediction, v
 
-    def _check_steps(self, steps):
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
-
     def _check(self, x, t, *others):
         """Raise ValueError for what PyTorch would accept silently: shapes that broadcast, negative t."""
         # Images and noise
         if not x.is_floating_point():
             raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
         for other in others:
-            if other is None:
-                continue
             if other.shape != x.shape:
                 raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
             if not other.is_floating_point():
@@ -580,11 +394,9 @@ def classifier_free_guidance(model, labels, scale):
 # The paper's U-Net (appendix B). Modules are named as in diffusers, so that published weights load (section 10).
 
 
-class GroupNorm(nn.GroupNorm):
+def group_norm(channels, groups=32):
     """Group normalisation with gcd(channels, groups) groups; the paper has 32."""
-
-    def __init__(self, channels, groups=32):
-        super().__init__(math.gcd(channels, groups), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(channels, groups), channels, eps=1e-6)
 
 
 def zero(module):
@@ -615,10 +427,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, time_dim, dropout=0.0, groups=32):
         super().__init__()
-        self.norm1 = GroupNorm(in_channels, groups)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, out_channels)
-        self.norm2 = GroupNorm(out_channels, groups)
+        self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -635,7 +447,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels, groups=32):
         super().__init__()
-        self.group_norm = GroupNorm(channels, groups)
+        self.group_norm = group_norm(channels, groups)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -771,7 +583,7 @@ class UNet(nn.Module):
             self.up_blocks.append(block)
 
         # Out
-        self.conv_norm_out = GroupNorm(channels, groups)
+        self.conv_norm_out = group_norm(channels, groups)
         self.conv_out = zero(nn.Conv2d(channels, image_channels * (2 if learned_variance else 1), 3, padding=1))
 
     def forward(self, x, t, y=None):
@@ -976,6 +788,198 @@ def ema_update(averaged, model, n, decay):
 
 
 # ---- 6. Sampling: from x_T to images ---------------------------------------------------------------------------------
+
+
+class GaussianDiffusion(DDPM):
+    """DDPM with the samplers of later papers, which need fewer network calls, and with what is measured on a trained
+    network: interpolation, the bound on the likelihood, the score."""
+
+    # -- Fewer steps: DDIM, respacing and DPM-Solver --
+    def ddim_timesteps(self, steps):
+        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, because only
+        there the network was trained on pure noise ("trailing", Lin et al., 2023)."""
+        self._check_steps(steps)
+        return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
+
+    @torch.no_grad()
+    def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
+        """One step of DDIM from t to an earlier s = prev_t, both ints; s = −1 denotes x_0 (DDIM Eq. 12, 16):
+        x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z with σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s).
+        η = 0 is deterministic; η = 1 over all T steps is Algorithm 2 with σ_t² = β̃_t. If x̂_0 is clamped, ε_θ is
+        then recomputed from x̂_0 and x_t (Eq. 4)."""
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in 0…1, got {eta}")
+        self._check(x_t, t, x_t if noise is None else noise)
+        if torch.is_tensor(t) or torch.is_tensor(prev_t) or not -1 <= prev_t < t:
+            raise ValueError(f"t and prev_t must be ints, prev_t in -1…t-1, got prev_t={prev_t} with t={t}")
+        pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
+
+        # σ (DDIM Eq. 16), then x_s (DDIM Eq. 12): its part without noise, and σ z
+        alpha_bar_t = self._alpha_bar(t)
+        alpha_bar_s = self._alpha_bar(prev_t)
+        sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
+        x_s = self._combine(pred_x_start, predicted_noise, prev_t, sigma)
+        if eta > 0:
+            x_s = x_s + sigma * sample_noise(x_t.shape, x_t, generator, noise)
+        return x_s
+
+    def _alpha_bar(self, t):
+        """ᾱ_t as a Python float, so in float64 on any device; t = −1 denotes x_0, where ᾱ = 1."""
+        return self._alphas_cumprod[t] if t >= 0 else 1.0
+
+    def _predict_both(self, model, x_t, t, clip_denoised):
+        """x̂_0 (Eq. 15), clamped if clip_denoised, and the ε that gives x_t from this x̂_0 (Eq. 4)."""
+        predicted_noise, _ = self._predict(model, x_t, t)
+        pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
+        if clip_denoised:
+            pred_x_start = pred_x_start.clamp(-1, 1)
+            predicted_noise = self.predict_noise(x_t, t, pred_x_start)
+        return pred_x_start, predicted_noise
+
+    def predict_noise(self, x_t, t, x_start):
+        """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
+        self._check(x_t, t, x_start)
+        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start
+        return noise_part / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+
+    def _combine(self, x_start, noise, s, sigma=0.0):
+        """DDIM Eq. 12 without σ z: √ᾱ_s x_0 + √(1−ᾱ_s−σ²) ε at an int s, which for σ = 0 is Eq. 4."""
+        alpha_bar_s = self._alpha_bar(s)
+        return math.sqrt(alpha_bar_s) * x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * noise
+
+    def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
+        """DDIM from x_T = x_t step by step: yields as many tensors as steps, the last of which is x_0."""
+        timesteps = self.ddim_timesteps(steps)
+        for t, prev_t in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            x_t = self.ddim_sample(model, x_t, t, prev_t, eta, clip_denoised, generator=generator)
+            yield x_t
+
+    def ddim_sample_loop(self, model, shape, steps, eta=0.0, clip_denoised=True, noise=None, generator=None):
+        """DDIM in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
+        x_t = sample_noise(shape, self.betas, generator, noise)
+        return last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
+
+    @torch.no_grad()
+    def ddim_encode_loop(self, model, x_start, steps, clip_denoised=True):
+        """DDIM's step with η = 0 upwards in S = steps steps, from x_0 to the x_T from which ddim_sample_loop returns
+        x_0, up to an error that falls as 1/S (DDIM §4.3). The network has seen no image without noise: ε_θ(x_0) is
+        evaluated at t = 0."""
+        timesteps = self.ddim_timesteps(steps)[::-1]
+        self._check(x_start, 0)
+
+        # From x_0 to the first timestep
+        noise, _ = self._predict(model, x_start, 0)
+        x_t = self._combine(x_start, noise, timesteps[0])
+
+        # From each timestep to the next
+        for t, next_t in itertools.pairwise(timesteps):
+            pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
+            x_t = self._combine(pred_x_start, predicted_noise, next_t)
+        return x_t
+
+    @functools.cached_property
+    def _lambdas(self):
+        """λ_t = ½ log(ᾱ_t/(1−ᾱ_t)) for every t, half the logarithm of the signal-to-noise ratio, as Python floats."""
+        return [0.5 * math.log(alpha_bar / (1 - alpha_bar)) for alpha_bar in self._alphas_cumprod]
+
+    def dpm_solver_timesteps(self, steps):
+        """Returns S = steps distinct timesteps, a list of ints decreasing from T−1: the starts of S equal steps from
+        λ_{T−1} to λ_0, rounded to timesteps. With few steps none is t = 0, where a call changes the image by a few
+        grey levels only."""
+        self._check_steps(steps)
+        lambdas = np.array(self._lambdas)
+        even = np.linspace(lambdas[-1], lambdas[0], steps, endpoint=False)
+        timesteps = [self.timesteps - 1]
+        for i in range(1, steps):
+            nearest = int(np.abs(lambdas - even[i]).argmin())
+            # Distinct: below the timestep before, and with room for those after it
+            timesteps.append(min(timesteps[-1] - 1, max(nearest, steps - 1 - i)))
+        return timesteps
+
+    @torch.no_grad()
+    def dpm_solver_sample_steps(self, model, x_t, steps, clip_denoised=True):
+        """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
+        from that at t and that at r, the timestep before: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with h = λ_s − λ_t
+        and h′ = λ_t − λ_r; ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to x_0 where
+        λ = ∞, are DDIM's. Before the last step the error falls as 1/S², until the rounding of timesteps counts."""
+        timesteps = self.dpm_solver_timesteps(steps)
+        r = x_start_r = None  # the timestep before t, and x̂_0 there
+        for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
+            x_start = pred_x_start
+            # x̂_0 extrapolated in λ to the middle of the step
+            if r is not None and s >= 0:
+                ratio = (self._lambdas[s] - self._lambdas[t]) / (self._lambdas[t] - self._lambdas[r])
+                x_start = pred_x_start + ratio / 2 * (pred_x_start - x_start_r)
+                if clip_denoised:
+                    x_start = x_start.clamp(-1, 1)
+                predicted_noise = self.predict_noise(x_t, t, x_start)
+            x_t = self._combine(x_start, predicted_noise, s)
+            r = t
+            x_start_r = pred_x_start
+            yield x_t
+
+    def dpm_solver_sample_loop(self, model, shape, steps, clip_denoised=True, noise=None, generator=None):
+        """DPM-Solver++(2M) in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
+        x_t = sample_noise(shape, self.betas, generator, noise)
+        return last(self.dpm_solver_sample_steps(model, x_t, steps, clip_denoised))
+
+    def respace(self, model, steps):
+        """Algorithm 2 in S = steps steps (Improved DDPM §4). Returns a diffusion over ddim_timesteps(S) only, whose
+        β' = 1 − ᾱ_t/ᾱ_s for neighbours s < t, and the model for it, which sees the original t."""
+        timesteps = self.ddim_timesteps(steps)[::-1]
+        alphas_cumprod = torch.tensor([self._alpha_bar(t) for t in timesteps], dtype=torch.float64)
+        betas = 1 - alphas_cumprod / F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+        diffusion = GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype, self.prediction_type)
+        original_t = torch.tensor(timesteps, device=self.betas.device)
+        return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
+
+    # -- Interpolation, likelihood and score --
+    def interpolate(self, model, x_start_a, x_start_b, t, weight, noise=None, generator=None):
+        """Diffuse two images to the same t, mix them, (1−λ) x_t + λ x'_t with λ = weight, and denoise from t (Fig. 8).
+        Both get the same noise, so that the mixture has the noise level of t for every λ; the paper does not say."""
+        noise = sample_noise(x_start_a.shape, x_start_a, generator, noise)
+        x_t = (1 - weight) * self.q_sample(x_start_a, t, noise) + weight * self.q_sample(x_start_b, t, noise)
+        return last(self.p_sample_steps(model, x_t, t, generator=generator))
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x_start, clip_denoised=True, generator=None):
+        """The bound on −log₂ p_θ(x_0) (Eq. 3) in bits/dim, term by term (Eq. 5, 13), with one sample of ε for each t.
+        Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), whose column i is code t = i + 1,
+        and "L_0" (B,); "squared_error" (B, T) of x̂_0 at code t is on the [−1, 1] scale: 127.5 times its root is Fig.
+        5's RMSE. x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data, and for x_start in
+        half precision, which raises ValueError."""
+        if x_start.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"bits/dim need x_start in float32 or float64, got {x_start.dtype}")
+        terms = []
+        squared_errors = []
+        for t in range(self.timesteps):
+            x_t = self.q_sample(x_start, t, sample_noise(x_start.shape, x_start, generator))
+            predicted_noise, v = self._predict(model, x_t, t)
+            term, pred_x_start = self.bound_term(x_start, x_t, t, predicted_noise, v, clip_denoised)
+            terms.append(term)
+            squared_errors.append((pred_x_start - x_start).square().flatten(1).mean(1))
+        terms = torch.stack(terms, dim=1)
+
+        # L_T = KL(q(x_T|x_0) ‖ N(0, I))
+        mean = self.sqrt_alphas_cumprod[-1] * x_start
+        log_variance = self.sqrt_one_minus_alphas_cumprod[-1].square().log()
+        kl = normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance))
+        prior = kl.flatten(1).mean(1) / math.log(2)
+        bits = {"L_T": prior, "L_{t-1}": terms[:, 1:], "L_0": terms[:, 0], "total": prior + terms.sum(1)}
+        bits["squared_error"] = torch.stack(squared_errors, dim=1)
+        return bits
+
+    def score(self, model, x_t, t):
+        """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t): ε_θ is the score, up to a factor (§3.2)."""
+        self._check(x_t, t)
+        predicted_noise, _ = self._predict(model, x_t, t)
+        return -predicted_noise / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+
+    # -- Argument check --
+    def _check_steps(self, steps):
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
 
 
 SAMPLERS = ("dpm-solver", "ddim", "ddpm")
@@ -1724,7 +1728,7 @@ GREY_28 = dict(
     image_size=28,
     dim_mults=(1, 2, 4),
     attn_resolutions=(7,),
-    steps=5000,
+    steps=3000,
     lr=2e-3,
     sample_every=1000,
 )
@@ -1733,7 +1737,7 @@ FOLDER = dict(
     image_size=32,
     dim_mults=(1, 2, 4, 8),
     attn_resolutions=(8,),
-    steps=10_000,
+    steps=8000,
     lr=1e-3,
     sample_every=2000,
 )
@@ -2229,13 +2233,13 @@ class TrainingState:
         atomic_write(Path(self.config.out) / "checkpoint.pt", functools.partial(torch.save, checkpoint))
 
 
-def read_checkpoint(out, device="cpu"):
+def read_checkpoint(out):
     """The checkpoint in a run's folder."""
     path = Path(out) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}: --out names the folder of a run; python ddpm.py --train makes one")
     try:
-        checkpoint = load_tensors(path, device)
+        checkpoint = load_tensors(path)
         check_checkpoint(checkpoint, out)
     except Exception as error:  # a malformed file may raise almost anything
         reason = in_one_line(f"{type(error).__name__}: {error}")
@@ -2243,7 +2247,7 @@ def read_checkpoint(out, device="cpu"):
     return checkpoint
 
 
-def load_tensors(path, device="cpu"):
+def load_tensors(path):
     """What torch.save wrote, read without running code that it may contain (weights_only). Raises almost anything if
     it is damaged; a changed bit shows in the checksums of the zip file."""
     if zipfile.is_zipfile(path):
@@ -2253,7 +2257,7 @@ def load_tensors(path, device="cpu"):
             raise ValueError(f"{damaged} is damaged")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_checkpoint(checkpoint, out):
@@ -2668,7 +2672,7 @@ def describe_network(network, image_size):
     attention = [isinstance(level.attentions[0], AttentionBlock) for level in levels]
 
     # What diffusers can't express
-    groups = sorted({module.num_groups for module in network.modules() if isinstance(module, GroupNorm)})
+    groups = sorted({module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)})
     if len(groups) > 1:
         raise ValueError(f"diffusers has one number of groups for all norms, this network has {groups}")
     dim = network.conv_in.out_channels
