@@ -3,7 +3,7 @@
 Read it beside the paper, from top to bottom. Sections 1 to 6 are the method, of this paper and of those that the
 functions name; the rest is plumbing.
     1 noise schedules     2 diffusion: Algorithm 2     3 guidance     4 network     5 training: Algorithm 1
-    6 sampling: DDIM, DPM-Solver, likelihood, and from a trained network to images
+    6 sampling: DDIM, DPM-Solver++, the likelihood, and from a trained network to image files
     7 data     8 configuration     9 files and devices     10 published weights     11 command line
 
 Equation, algorithm and section numbers are the paper's unless another paper is named. The paper counts t = 1…T with
@@ -103,19 +103,12 @@ def sample_noise(shape, like, generator=None, noise=None):
     return noise
 
 
-def last(iterable):
-    """The last item of an iterable, such as x_0 of a sampler that is a generator."""
-    for item in iterable:
-        result = item
-    return result
-
-
 class DDPM(nn.Module):
-    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1) and the losses between them, for given betas (T,).
-    GaussianDiffusion (section 6) adds the samplers of later papers, interpolation and the likelihood.
+    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1) and the losses between them, for given betas (T,):
+    the paper's §2 and §3. Use it through GaussianDiffusion (section 6), which inherits everything here.
 
     A model is any callable model(x_t, t) that returns its prediction, shaped like x_t; it receives t as int64 (B,).
-    With a learned variance it returns the prediction and v, concatenated along the channels.
+    With a learned variance it also returns v, which sets the variance: concatenated to the prediction's channels.
 
     prediction: "noise" is ε_θ; "velocity" is √ᾱ_t ε − √(1−ᾱ_t) x_0, known as v-prediction (Salimans & Ho, 2022, §4).
     In x̂_0, an error of ε_θ is multiplied by √(1−ᾱ_t)/√ᾱ_t, an error of the velocity by √(1−ᾱ_t) only.
@@ -151,7 +144,7 @@ class DDPM(nn.Module):
         # α_t, ᾱ_t, ᾱ_{t−1} (which is 1 at paper t = 1) and β̃_t (Eq. 7).
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
-        self._alphas_cumprod = alphas_cumprod.tolist()  # as Python floats, for the samplers whose t is an int
+        self._alphas_cumprod = alphas_cumprod.tolist()  # Python floats, for the samplers of section 6
         alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
         posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
 
@@ -189,7 +182,7 @@ class DDPM(nn.Module):
     def q_posterior(self, x_start, x_t, t):
         """Returns mean, variance and log variance of q(x_{t−1}|x_t, x_0) (Eq. 6, 7):
         μ̃_t = √ᾱ_{t−1} β_t/(1−ᾱ_t) · x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) · x_t and β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) · β_t.
-        At code t = 0 the variance is 0, and its logarithm is replaced by that of t = 1."""
+        At code t = 0 the variance is 0, and its logarithm is replaced by that of code t = 1."""
         self._check(x_t, t, x_start)
         mean = extract(self.posterior_mean_x_start, t, x_t) * x_start + extract(self.posterior_mean_x_t, t, x_t) * x_t
         return mean, extract(self.posterior_variance, t, x_t), extract(self.posterior_log_variance, t, x_t)
@@ -212,7 +205,7 @@ class DDPM(nn.Module):
             bound, _ = self.bound_term(x_start, x_t, t, predicted_noise, v)
             return self.timesteps * bound.mean()
         error = noise - predicted_noise
-        if self.prediction_type == "velocity":  # whose error is that of ε, divided by √ᾱ_t
+        if self.prediction_type == "velocity":  # ε − ε_θ = √ᾱ_t (velocity − predicted velocity)
             error = error / extract(self.sqrt_alphas_cumprod, t, x_t)
         loss = error.square().mean()  # Eq. 14
         if v is not None:
@@ -270,11 +263,11 @@ class DDPM(nn.Module):
         x_t = sample_noise(shape, self.betas, generator, noise)
         return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
-    # -- Variational bound --
+    # -- Variational bound and score --
     def bound_term(self, x_start, x_t, t, predicted_noise, v, clip_denoised=False):
         """The term of Eq. 5 at t, estimated from x_t and the prediction for it: at code t = 0 L_0 = −log p_θ(x_0|x_1)
         (Eq. 13), else L_{t−1} = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), which Eq. 8 to 10 rewrite for a fixed σ_t².
-        Returns it in bits/dim (B,), and x̂_0."""
+        Returns it in bits/dim (B,), and x̂_0. A loss must not clamp: no gradient flows through a clamped x̂_0."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         mean, _, log_variance, pred_x_start = self._mean_variance(x_t, t, predicted_noise, v, clip_denoised)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
@@ -282,6 +275,12 @@ class DDPM(nn.Module):
         is_first = broadcast(torch.as_tensor(t == 0, device=x_t.device), x_t)
         term = torch.where(is_first, decoder, kl)
         return term.flatten(1).mean(1) / math.log(2), pred_x_start
+
+    def score(self, model, x_t, t):
+        """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t): ε_θ is the score, up to a factor (§3.2)."""
+        self._check(x_t, t)
+        predicted_noise, _ = self._predict(model, x_t, t)
+        return -predicted_noise / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
 
     # -- Calling the model, and argument check --
     def _predict(self, model, x_t, t):
@@ -364,9 +363,9 @@ def classifier_free_guidance(model, labels, scale):
     """ε̃ = (1 + w) ε_θ(x_t, c) − w ε_θ(x_t), w = scale (Ho & Salimans, 2022). Returns a model(x_t, t) for any sampler.
 
     labels is int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; with and without labels run as
-    one batch. w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. A learned variance is
-    that predicted with labels. Raises ValueError if the model has no classes, scale is not finite or a label is
-    out of range."""
+    one batch. w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. Velocities mix in the same
+    way; a learned variance is that predicted with labels. Raises ValueError if the model has no classes, scale is not
+    finite or a label is out of range."""
     # Checks
     no_label = getattr(model, "num_classes", None)
     if not no_label:
@@ -787,14 +786,50 @@ def ema_update(averaged, model, n, decay):
     torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - d)
 
 
-# ---- 6. Sampling: from x_T to images ---------------------------------------------------------------------------------
+# ---- 6. Sampling -----------------------------------------------------------------------------------------------------
+# Later samplers, and the paper's §4: GaussianDiffusion. From a trained network to image files: Run, sample, evaluate.
+
+
+def last(iterable):
+    """The last item of an iterable, such as x_0 of a sampler that is a generator."""
+    for item in iterable:
+        result = item
+    return result
 
 
 class GaussianDiffusion(DDPM):
-    """DDPM with the samplers of later papers, which need fewer network calls, and with what is measured on a trained
-    network: interpolation, the bound on the likelihood, the score."""
+    """DDPM with what is done with a trained network: the samplers of later papers, which need fewer network calls, and
+    the interpolation and the likelihood of the paper's §4. Arguments and errors are those of DDPM (section 2)."""
 
-    # -- Fewer steps: DDIM, respacing and DPM-Solver --
+    # -- DDIM --
+    def _alpha_bar(self, t):
+        """ᾱ_t as a Python float, so in float64 on any device; t = −1 denotes x_0, where ᾱ = 1."""
+        return self._alphas_cumprod[t] if t >= 0 else 1.0
+
+    def predict_noise(self, x_t, t, x_start):
+        """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
+        self._check(x_t, t, x_start)
+        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start
+        return noise_part / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+
+    def _predict_both(self, model, x_t, t, clip_denoised):
+        """x̂_0 (Eq. 15), clamped if clip_denoised, and the ε that gives x_t from this x̂_0 (Eq. 4)."""
+        predicted_noise, _ = self._predict(model, x_t, t)
+        pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
+        if clip_denoised:
+            pred_x_start = pred_x_start.clamp(-1, 1)
+            predicted_noise = self.predict_noise(x_t, t, pred_x_start)
+        return pred_x_start, predicted_noise
+
+    def _combine(self, x_start, noise, s, sigma=0.0):
+        """DDIM Eq. 12 without σ z: √ᾱ_s x_0 + √(1−ᾱ_s−σ²) ε at an int s, which for σ = 0 is Eq. 4."""
+        alpha_bar_s = self._alpha_bar(s)
+        return math.sqrt(alpha_bar_s) * x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * noise
+
+    def _check_steps(self, steps):
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
+
     def ddim_timesteps(self, steps):
         """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, because only
         there the network was trained on pure noise ("trailing", Lin et al., 2023)."""
@@ -809,7 +844,9 @@ class GaussianDiffusion(DDPM):
         then recomputed from x̂_0 and x_t (Eq. 4)."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0…1, got {eta}")
-        self._check(x_t, t, x_t if noise is None else noise)
+        self._check(x_t, t)
+        if noise is not None:
+            self._check(x_t, t, noise)
         if torch.is_tensor(t) or torch.is_tensor(prev_t) or not -1 <= prev_t < t:
             raise ValueError(f"t and prev_t must be ints, prev_t in -1…t-1, got prev_t={prev_t} with t={t}")
         pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
@@ -822,30 +859,6 @@ class GaussianDiffusion(DDPM):
         if eta > 0:
             x_s = x_s + sigma * sample_noise(x_t.shape, x_t, generator, noise)
         return x_s
-
-    def _alpha_bar(self, t):
-        """ᾱ_t as a Python float, so in float64 on any device; t = −1 denotes x_0, where ᾱ = 1."""
-        return self._alphas_cumprod[t] if t >= 0 else 1.0
-
-    def _predict_both(self, model, x_t, t, clip_denoised):
-        """x̂_0 (Eq. 15), clamped if clip_denoised, and the ε that gives x_t from this x̂_0 (Eq. 4)."""
-        predicted_noise, _ = self._predict(model, x_t, t)
-        pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
-        if clip_denoised:
-            pred_x_start = pred_x_start.clamp(-1, 1)
-            predicted_noise = self.predict_noise(x_t, t, pred_x_start)
-        return pred_x_start, predicted_noise
-
-    def predict_noise(self, x_t, t, x_start):
-        """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
-        self._check(x_t, t, x_start)
-        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start
-        return noise_part / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
-
-    def _combine(self, x_start, noise, s, sigma=0.0):
-        """DDIM Eq. 12 without σ z: √ᾱ_s x_0 + √(1−ᾱ_s−σ²) ε at an int s, which for σ = 0 is Eq. 4."""
-        alpha_bar_s = self._alpha_bar(s)
-        return math.sqrt(alpha_bar_s) * x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * noise
 
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
         """DDIM from x_T = x_t step by step: yields as many tensors as steps, the last of which is x_0."""
@@ -877,6 +890,7 @@ class GaussianDiffusion(DDPM):
             x_t = self._combine(pred_x_start, predicted_noise, next_t)
         return x_t
 
+    # -- DPM-Solver++ --
     @functools.cached_property
     def _lambdas(self):
         """λ_t = ½ log(ᾱ_t/(1−ᾱ_t)) for every t, half the logarithm of the signal-to-noise ratio, as Python floats."""
@@ -899,9 +913,10 @@ class GaussianDiffusion(DDPM):
     @torch.no_grad()
     def dpm_solver_sample_steps(self, model, x_t, steps, clip_denoised=True):
         """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
-        from that at t and that at r, the timestep before: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with h = λ_s − λ_t
-        and h′ = λ_t − λ_r; ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to x_0 where
-        λ = ∞, are DDIM's. Before the last step the error falls as 1/S², until the rounding of timesteps counts."""
+        from x̂_0(x_t) and x̂_0(x_r), r being the timestep before t: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with
+        h = λ_s − λ_t and h′ = λ_t − λ_r. ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to
+        x_0 where λ = ∞, are DDIM's. Before the last step the error falls as 1/S², until the rounding of timesteps
+        counts."""
         timesteps = self.dpm_solver_timesteps(steps)
         r = x_start_r = None  # the timestep before t, and x̂_0 there
         for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
@@ -924,6 +939,7 @@ class GaussianDiffusion(DDPM):
         x_t = sample_noise(shape, self.betas, generator, noise)
         return last(self.dpm_solver_sample_steps(model, x_t, steps, clip_denoised))
 
+    # -- Algorithm 2 in fewer steps --
     def respace(self, model, steps):
         """Algorithm 2 in S = steps steps (Improved DDPM §4). Returns a diffusion over ddim_timesteps(S) only, whose
         β' = 1 − ᾱ_t/ᾱ_s for neighbours s < t, and the model for it, which sees the original t."""
@@ -934,7 +950,7 @@ class GaussianDiffusion(DDPM):
         original_t = torch.tensor(timesteps, device=self.betas.device)
         return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
 
-    # -- Interpolation, likelihood and score --
+    # -- Interpolation and likelihood (§4) --
     def interpolate(self, model, x_start_a, x_start_b, t, weight, noise=None, generator=None):
         """Diffuse two images to the same t, mix them, (1−λ) x_t + λ x'_t with λ = weight, and denoise from t (Fig. 8).
         Both get the same noise, so that the mixture has the noise level of t for every λ; the paper does not say."""
@@ -969,17 +985,6 @@ class GaussianDiffusion(DDPM):
         bits = {"L_T": prior, "L_{t-1}": terms[:, 1:], "L_0": terms[:, 0], "total": prior + terms.sum(1)}
         bits["squared_error"] = torch.stack(squared_errors, dim=1)
         return bits
-
-    def score(self, model, x_t, t):
-        """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t): ε_θ is the score, up to a factor (§3.2)."""
-        self._check(x_t, t)
-        predicted_noise, _ = self._predict(model, x_t, t)
-        return -predicted_noise / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
-
-    # -- Argument check --
-    def _check_steps(self, steps):
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
 
 
 SAMPLERS = ("dpm-solver", "ddim", "ddpm")
