@@ -743,6 +743,23 @@ def test_algorithm_2_in_numpy(variance, sigma2):
     np.testing.assert_allclose(got, x, rtol=1e-7, atol=1e-9)
 
 
+def test_section_2_alone_trains_and_samples():
+    """Eq. 14, Algorithm 2 and the score, on nothing but DDPM; GaussianDiffusion overrides nothing of it."""
+    diffusion = ddpm.DDPM(BETAS, dtype=torch.float64)
+    x, t, noise = normal(4, 3), torch.tensor([0, 9, 99, 999]), normal(4, 3)
+    answer = column([1.0, 2.0, 3.0, 4.0], x).expand_as(x)
+    want = ((noise - answer).numpy() ** 2).mean()
+    assert diffusion.p_losses(lambda x_t, t: answer, x, t, noise).item() == pytest.approx(want, rel=1e-12)
+    np.testing.assert_allclose(
+        diffusion.score(lambda x_t, t: noise, x, 99), -noise / math.sqrt(1 - BARS[99]), rtol=1e-9
+    )
+    # A model that knows x_0 = ½: the last step returns it without noise
+    oracle = lambda x_t, t: (x_t - column(np.sqrt(BARS)[t] / 2, x_t)) / column(np.sqrt(1 - BARS)[t], x_t)
+    np.testing.assert_allclose(diffusion.p_sample_loop(oracle, (4, 3)), 0.5, rtol=1e-9)
+    public = {name for name in vars(ddpm.GaussianDiffusion) if not name.startswith("__")}
+    assert not public & set(vars(ddpm.DDPM))
+
+
 def affine_chain(step, pairs):
     """Follow N(0, 1) from x_T to x_0 through steps that are affine in (x_t, z): the slope, the offset and the weight
     of z are read off at (x_t, z) = (0, 0), (1, 0) and (0, 1). Yields (s, mean, variance, product of slopes) after each
@@ -6244,7 +6261,8 @@ class Calls:
     def __init__(self, patch):
         self.calls, self.passed = {}, set()
         for name in {name for _, names, _ in readme_table() for name in names}:
-            owner = ddpm if hasattr(ddpm, name) else ddpm.GaussianDiffusion
+            kinds = [ddpm, *ddpm.GaussianDiffusion.__mro__]
+            owner = next(kind for kind in kinds if name in vars(kind))
             original = getattr(owner, name)
             if inspect.isclass(original):
                 patch.setattr(original, "__init__", self.recorded(name, original.__init__))
