@@ -1733,7 +1733,7 @@ GREY_28 = dict(
     image_size=28,
     dim_mults=(1, 2, 4),
     attn_resolutions=(7,),
-    steps=3000,
+    steps=5000,
     lr=2e-3,
     sample_every=1000,
 )

@@ -3614,7 +3614,7 @@ def test_the_cifar10_preset_is_the_papers():
     np.testing.assert_allclose(diffusion.betas, BETAS, rtol=1e-6)
 
 
-SMALL_GREY = dict(image_size=28, dim=16, dim_mults=(1, 2, 4), attn_resolutions=(7,), steps=3000, batch_size=32)
+SMALL_GREY = dict(image_size=28, dim=16, dim_mults=(1, 2, 4), attn_resolutions=(7,), steps=5000, batch_size=32)
 SMALL_GREY.update(num_res_blocks=1, lr=2e-3, warmup=200, lr_decay="linear", dropout=0, flip=False, conditional=True)
 SMALL_GREY.update(schedule="cosine", prediction="velocity")
 SETTINGS = dict(
