@@ -314,7 +314,7 @@ class DDPM(nn.Module):
         # Images and noise
         if not x.is_floating_point():
             raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
-        for other in others:
+        for other in [each for each in others if each is not None]:
             if other.shape != x.shape:
                 raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(other.shape)}")
             if not other.is_floating_point():
@@ -844,9 +844,7 @@ class GaussianDiffusion(DDPM):
         then recomputed from x̂_0 and x_t (Eq. 4)."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0…1, got {eta}")
-        self._check(x_t, t)
-        if noise is not None:
-            self._check(x_t, t, noise)
+        self._check(x_t, t, noise)
         if torch.is_tensor(t) or torch.is_tensor(prev_t) or not -1 <= prev_t < t:
             raise ValueError(f"t and prev_t must be ints, prev_t in -1…t-1, got prev_t={prev_t} with t={t}")
         pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)

@@ -756,8 +756,8 @@ def test_section_2_alone_trains_and_samples():
     # A model that knows x_0 = ½: the last step returns it without noise
     oracle = lambda x_t, t: (x_t - column(np.sqrt(BARS)[t] / 2, x_t)) / column(np.sqrt(1 - BARS)[t], x_t)
     np.testing.assert_allclose(diffusion.p_sample_loop(oracle, (4, 3)), 0.5, rtol=1e-9)
-    public = {name for name in vars(ddpm.GaussianDiffusion) if not name.startswith("__")}
-    assert not public & set(vars(ddpm.DDPM))
+    added = {name for name in vars(ddpm.GaussianDiffusion) if not name.startswith("__")}
+    assert not added & set(vars(ddpm.DDPM))
 
 
 def affine_chain(step, pairs):
