@@ -73,6 +73,13 @@ def load_images(settings, split=None):
     return images
 
 
+def load_held_out(settings):
+    """settings.held_out of the held-out images, evenly spread over the classes, or all of them if there are fewer."""
+    images = load_images(settings, "test")
+    count = min(settings.held_out, len(images))
+    return images[torch.arange(count) * len(images) // count]
+
+
 def read_or_train(config, watch=None):
     """The run of a Config: read if it is complete, resumed if it was interrupted, else trained. watch is that of
     ddpm.train. Raises ValueError if its folder holds a run with another Config."""
@@ -197,7 +204,7 @@ def frechet_distance(pixels1, pixels2):
 
 def measure_bits(settings, run):
     """The terms of GaussianDiffusion.bits_per_dim in bits/dim, averaged over held-out images."""
-    pixels = load_images(settings, "test")[: settings.held_out]
+    pixels = load_held_out(settings)
     x_start = ddpm.to_model(pixels.to(run.device))
     generator = torch.Generator(run.device).manual_seed(settings.seed)
     terms = run.diffusion.bits_per_dim(run.model, x_start, generator=generator)
@@ -716,7 +723,7 @@ def reconstruction(settings):
 
     The image shows eight of them, and below them what S = 10, 50 and 1000 steps return. No labels are given."""
     run = base_run(settings)
-    pixels = load_images(settings, "test")[: settings.held_out]
+    pixels = load_held_out(settings)
     x_start = ddpm.to_model(pixels.to(run.device))
     shown = [x_start[:: len(x_start) // 8][:8]]
 

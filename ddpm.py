@@ -8,8 +8,8 @@ functions name; the rest is plumbing.
 
 Equation, algorithm and section numbers are the paper's unless another paper is named. The paper counts t = 1…T with
 ᾱ_0 = 1; the code counts t = 0…T−1, so code t = paper t − 1. An argument t is the code's: int64 (B,), or one int for the
-whole batch; DDIM and DPM-Solver take ints only. In docstrings, formulas of this paper have the paper's t; those of
-DDIM, DPM-Solver and respacing have the code's, where t = −1 denotes x_0. Images are float (B, C, H, W) in [−1, 1].
+whole batch; ddim_sample, p_sample_steps and interpolate take ints only. Formulas of this paper have the paper's t,
+those of DDIM, DPM-Solver and respacing the code's, where t = −1 denotes x_0. Images are float (B, C, H, W) in [−1, 1].
 
     python ddpm.py --train         # train on handwritten digits: any machine, a few minutes
     python ddpm.py --sample 64     # draw samples from the trained network; --data FOLDER trains on your own images
@@ -105,7 +105,7 @@ def sample_noise(shape, like, generator=None, noise=None):
 
 class DDPM(nn.Module):
     """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1) and the losses between them, for given betas (T,):
-    the paper's §2 and §3. Use it through GaussianDiffusion (section 6), which inherits everything here.
+    the paper's §2 and §3. GaussianDiffusion (section 6) inherits from it and adds samplers: use that class.
 
     A model is any callable model(x_t, t) that returns its prediction, shaped like x_t; it receives t as int64 (B,).
     With a learned variance it also returns v, which sets the variance: concatenated to the prediction's channels.
@@ -260,7 +260,7 @@ class DDPM(nn.Module):
 
     def p_sample_loop(self, model, shape, clip_denoised=True, noise=None, generator=None):
         """Algorithm 2: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = sample_noise(shape, self.betas, generator, noise)
+        x_t = sample_noise(shape, like=self.betas, generator=generator, noise=noise)
         return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
     # -- Variational bound and score --
@@ -292,9 +292,10 @@ class DDPM(nn.Module):
             raise ValueError(f"the model must return a tensor, got {type(prediction).__name__}")
         prediction = prediction.to(x_t.dtype)
         channels = x_t.shape[1] * (2 if self.variance_type == "learned_range" else 1)
-        if prediction.shape != (len(x_t), channels, *x_t.shape[2:]):
+        wanted = (len(x_t), channels, *x_t.shape[2:])
+        if prediction.shape != wanted:
             inputs = f"with variance={self.variance_type} and x_t {tuple(x_t.shape)}"
-            raise ValueError(f"{inputs} the model must return {channels} channels, got {tuple(prediction.shape)}")
+            raise ValueError(f"{inputs} the model must return {wanted}, got {tuple(prediction.shape)}")
 
         # v of a learned variance
         v = None
@@ -484,8 +485,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: a residual block for each number in in_channels, each followed by attention or by
-    nothing. UNet adds at most one layer that changes the size, and calls the parts. Their names are diffusers'."""
+    """The layers of one resolution: a residual block for each number in in_channels, each followed by attention or by
+    nothing. UNet appends at most one layer that changes the size, and calls them. Their names are diffusers'."""
 
     def __init__(self, in_channels, out_channels, time_dim, dropout, groups, attention):
         super().__init__()
@@ -501,9 +502,9 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
 
-    Norms have 32 groups as in the paper if dim ≥ 128; smaller networks have dim/16, because smaller groups are slow on
-    a CPU. Raises ValueError unless dim is a multiple of 4 and image_size of 2^(number of levels − 1), and for sizes and
-    numbers below 1, and a dropout outside [0, 1)."""
+    Norms have up to 32 groups as in the paper if dim ≥ 128; smaller networks have up to dim/16, because smaller groups
+    are slow on a CPU. Raises ValueError unless dim is a multiple of 4 and image_size of 2^(number of levels − 1), and
+    for sizes and numbers below 1, and a dropout outside [0, 1)."""
 
     def __init__(
         self,
@@ -546,7 +547,7 @@ class UNet(nn.Module):
 
         # Down; skip_channels are the channels of each skip connection, in order.
         groups = 32 if dim >= 128 else max(1, dim // 16)
-        level = functools.partial(Level, time_dim=time_dim, dropout=dropout, groups=groups)
+        new_level = functools.partial(Level, time_dim=time_dim, dropout=dropout, groups=groups)
         widths = [dim * mult for mult in dim_mults]
         channels = dim
         size = image_size
@@ -555,17 +556,17 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             in_channels = [channels] + [width] * (num_res_blocks - 1)
-            block = level(in_channels, width, attention=size in attn_resolutions)
+            level = new_level(in_channels, width, attention=size in attn_resolutions)
             skip_channels += [width] * num_res_blocks
             channels = width
             if i < self.halvings:
-                block.downsamplers.append(Downsample(width))
+                level.downsamplers.append(Downsample(width))
                 skip_channels.append(width)
                 size //= 2
-            self.down_blocks.append(block)
+            self.down_blocks.append(level)
 
         # Middle: attention between the two residual blocks.
-        self.mid_block = level([channels, channels], channels, attention=bool(attn_resolutions))
+        self.mid_block = new_level([channels, channels], channels, attention=bool(attn_resolutions))
         self.mid_block.attentions[1] = nn.Identity()  # none after the second block
 
         # Up: each residual block also takes the last skip connection that is left
@@ -575,11 +576,11 @@ class UNet(nn.Module):
             for _ in range(num_res_blocks + 1):
                 in_channels.append(channels + skip_channels.pop())
                 channels = width
-            block = level(in_channels, width, attention=size in attn_resolutions)
+            level = new_level(in_channels, width, attention=size in attn_resolutions)
             if i > 0:
-                block.upsamplers.append(Upsample(width))
+                level.upsamplers.append(Upsample(width))
                 size *= 2
-            self.up_blocks.append(block)
+            self.up_blocks.append(level)
 
         # Out
         self.conv_norm_out = group_norm(channels, groups)
@@ -637,7 +638,7 @@ def train(config, checkpoint=None, watch=None):
     rank, world_size = rank_and_world_size()
     images, labels, state, diffusion = prepare_training(config, checkpoint)
     watch = watch or Run.grid
-    with start_training(config, state, images, labels, diffusion) as (network, log, signals, bar):
+    with start_training(config, state, images, labels, diffusion) as (network, log, stop_requested, bar):
         for step in range(state.step, config.steps):
             torch.manual_seed(derive_seed(config.seed, "training", step, rank))  # so that a resumed run draws the same
             chosen = torch.randint(len(images), (config.batch_size // world_size,), device=images.device)
@@ -663,7 +664,7 @@ def train(config, checkpoint=None, watch=None):
             done = step + 1
             bar.update(config.batch_size)
             log.add(loss, gradient_norm)
-            stopped = any_process_received(signals, log.control)
+            stopped = stop_requested()
             save = stopped or done == config.steps or done % config.checkpoint_every == 0
             draw = not stopped and (done == config.steps or done % config.sample_every == 0)
             if draw and rank == 0:
@@ -722,18 +723,19 @@ def prepare_training(config, checkpoint):
 @contextlib.contextmanager
 def start_training(config, state, images, labels, diffusion):
     """Context manager of a training: locks the run's folder, joins the processes, compiles the network, tries a step,
-    makes the folder, records signals, shows a bar. Gives the network to call, the log, the signals and the bar."""
+    makes the folder, records signals, shows a bar. Gives the network to call, the log, stop_requested and the bar."""
     rank, _ = rank_and_world_size()
     with lock_folder(Path(config.out)) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             announce(config, state, images)
-        network, control = share_between_processes(state.model, images.device)
+        network, cpu_group = share_between_processes(state.model, images.device)
         network = maybe_compile(config, images.device, network)
         try_step(network, diffusion, config, state, images, labels)
         if rank == 0:
             start_folder(Path(config.out), state.step)
         with record_signals() as signals, training_bar(config, state.step) as bar:
-            yield network, TrainingLog(config, control, state.step, images.device), signals, bar
+            log = TrainingLog(config, cpu_group, state.step, images.device)
+            yield network, log, functools.partial(any_process_received, signals, cpu_group), bar
 
 
 def try_step(network, diffusion, config, state, images, labels):
@@ -742,7 +744,7 @@ def try_step(network, diffusion, config, state, images, labels):
     _, world_size = rank_and_world_size()
     chosen = torch.arange(config.batch_size // world_size, device=images.device) % len(images)
     x_start = to_model(images[chosen])
-    y = labels[chosen] if labels is not None else None
+    y = None if labels is None else labels[chosen]
     t = torch.zeros_like(chosen)
     noise = torch.randn_like(x_start)
     loss = training_loss(network, diffusion, config, x_start, t, noise, y, state.model.num_classes)
@@ -798,8 +800,8 @@ def last(iterable):
 
 
 class GaussianDiffusion(DDPM):
-    """DDPM with what is done with a trained network: the samplers of later papers, which need fewer network calls, and
-    the interpolation and the likelihood of the paper's §4. Arguments and errors are those of DDPM (section 2)."""
+    """DDPM, plus the samplers of later papers, which need fewer network calls, and the interpolation and the likelihood
+    of the paper's §4. Arguments and errors are those of DDPM (section 2)."""
 
     # -- DDIM --
     def _alpha_bar(self, t):
@@ -831,8 +833,8 @@ class GaussianDiffusion(DDPM):
             raise ValueError(f"steps must lie in 1…{self.timesteps}, got {steps}")
 
     def ddim_timesteps(self, steps):
-        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, because only
-        there the network was trained on pure noise ("trailing", Lin et al., 2023)."""
+        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, the only one
+        at which the network was trained on pure noise ("trailing", Lin et al., 2023)."""
         self._check_steps(steps)
         return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
 
@@ -867,7 +869,7 @@ class GaussianDiffusion(DDPM):
 
     def ddim_sample_loop(self, model, shape, steps, eta=0.0, clip_denoised=True, noise=None, generator=None):
         """DDIM in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = sample_noise(shape, self.betas, generator, noise)
+        x_t = sample_noise(shape, like=self.betas, generator=generator, noise=noise)
         return last(self.ddim_sample_steps(model, x_t, steps, eta, clip_denoised, generator))
 
     @torch.no_grad()
@@ -879,8 +881,8 @@ class GaussianDiffusion(DDPM):
         self._check(x_start, 0)
 
         # From x_0 to the first timestep
-        noise, _ = self._predict(model, x_start, 0)
-        x_t = self._combine(x_start, noise, timesteps[0])
+        predicted_noise, _ = self._predict(model, x_start, 0)
+        x_t = self._combine(x_start, predicted_noise, timesteps[0])
 
         # From each timestep to the next
         for t, next_t in itertools.pairwise(timesteps):
@@ -911,30 +913,30 @@ class GaussianDiffusion(DDPM):
     @torch.no_grad()
     def dpm_solver_sample_steps(self, model, x_t, steps, clip_denoised=True):
         """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
-        from x̂_0(x_t) and x̂_0(x_r), r being the timestep before t: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with
+        from x̂_0(x_t) and x̂_0(x_r), r > t being the previous step's: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with
         h = λ_s − λ_t and h′ = λ_t − λ_r. ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to
         x_0 where λ = ∞, are DDIM's. Before the last step the error falls as 1/S², until the rounding of timesteps
         counts."""
         timesteps = self.dpm_solver_timesteps(steps)
-        r = x_start_r = None  # the timestep before t, and x̂_0 there
+        r = pred_x_start_r = None  # the previous step's timestep, and x̂_0 there
         for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
             pred_x_start, predicted_noise = self._predict_both(model, x_t, t, clip_denoised)
-            x_start = pred_x_start
+            extrapolated = pred_x_start
             # x̂_0 extrapolated in λ to the middle of the step
             if r is not None and s >= 0:
                 ratio = (self._lambdas[s] - self._lambdas[t]) / (self._lambdas[t] - self._lambdas[r])
-                x_start = pred_x_start + ratio / 2 * (pred_x_start - x_start_r)
+                extrapolated = pred_x_start + ratio / 2 * (pred_x_start - pred_x_start_r)
                 if clip_denoised:
-                    x_start = x_start.clamp(-1, 1)
-                predicted_noise = self.predict_noise(x_t, t, x_start)
-            x_t = self._combine(x_start, predicted_noise, s)
+                    extrapolated = extrapolated.clamp(-1, 1)
+                predicted_noise = self.predict_noise(x_t, t, extrapolated)
+            x_t = self._combine(extrapolated, predicted_noise, s)
             r = t
-            x_start_r = pred_x_start
+            pred_x_start_r = pred_x_start
             yield x_t
 
     def dpm_solver_sample_loop(self, model, shape, steps, clip_denoised=True, noise=None, generator=None):
         """DPM-Solver++(2M) in S = steps steps: from x_T ~ N(0, I) of the given shape, or from noise, to x_0."""
-        x_t = sample_noise(shape, self.betas, generator, noise)
+        x_t = sample_noise(shape, like=self.betas, generator=generator, noise=noise)
         return last(self.dpm_solver_sample_steps(model, x_t, steps, clip_denoised))
 
     # -- Algorithm 2 in fewer steps --
@@ -1048,7 +1050,7 @@ class Run:
         # x_T ~ N(0, I)
         generators = [torch.Generator(self.device).manual_seed(int(seed) + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
-        x_t = sample_noise(shape, self.diffusion.betas, generators)
+        x_t = sample_noise(shape, like=self.diffusion.betas, generator=generators)
 
         # ε_θ, with labels and guidance
         guided = self.model
@@ -1106,7 +1108,7 @@ class Run:
 
 
 def sample(run, count, seed=0, **options):
-    """Draw count images, at most SHOWN unless individual, with the options of Sampling, and write them into the run's
+    """Draw count images, at most 1,024 unless individual, with the options of Sampling, and write them into the run's
     folder. Returns the paths written.
 
     Image i depends on seed and i only, to rounding: not on the count, the batches, or the processes that share them.
@@ -1127,13 +1129,13 @@ def sample(run, count, seed=0, **options):
         if rank == 0:
             print(f"{out}/samples.png shows {SHOWN:,} images at most; --individual draws and writes all {count:,}")
         count = SHOWN
-    batches = math.ceil(count / options.sampling_batch)
-    size = math.ceil(count / batches)
+    num_batches = math.ceil(count / options.sampling_batch)
+    batch_size = math.ceil(count / num_batches)
 
     # Labels, and a column of the grid for each class
     labels = None
     if not options.unconditional:
-        labels = run.labels(batches * size, options.label)
+        labels = run.labels(num_batches * batch_size, options.label)
     columns = None
     if labels is not None and options.label is None:
         columns = run.model.num_classes
@@ -1141,16 +1143,16 @@ def sample(run, count, seed=0, **options):
     # Every process draws its share of the batches; with --individual, into files
     with lock_folder(out, "sampling") if rank == 0 else contextlib.nullcontext():
         try:
-            drawn = ImageStore(out, run, size, seed, options) if options.individual else {}
-            frames = draw_batches(run, drawn, batches, size, labels, seed, options)
+            drawn = ImageStore(out, run, batch_size, seed, options) if options.individual else {}
+            frames = draw_batches(run, drawn, num_batches, batch_size, labels, seed, options)
             if world_size > 1:
                 drawn = gather_batches(drawn)
             if rank > 0:
                 return []
             # Rank 0 writes
-            if world_size > 1 and not all(i in drawn for i in range(batches)):
+            if world_size > 1 and not all(i in drawn for i in range(num_batches)):
                 raise ValueError(f"some images are not there: all processes need the same run in the same {out}")
-            images = itertools.chain.from_iterable(drawn[i] for i in range(batches))
+            images = itertools.chain.from_iterable(drawn[i] for i in range(num_batches))
             paths = write_samples(out, itertools.islice(images, count), columns, options.individual, frames)
         except KeyboardInterrupt:
             if not options.individual:
@@ -1161,20 +1163,20 @@ def sample(run, count, seed=0, **options):
         return paths
 
 
-def draw_batches(run, drawn, batches, size, labels, seed, options):
+def draw_batches(run, drawn, num_batches, batch_size, labels, seed, options):
     """Draw this process's share of the batches into drawn, which maps i to the uint8 images of batch i. Batches in it
-    are skipped. Returns every x_t of batch 0 if options.animate, for which that is drawn again, or an empty list."""
+    are skipped, except batch 0 if options.animate: its x_t after every step are returned, else an empty list."""
     rank, world_size = rank_and_world_size()
     sampler_options = {name: getattr(options, name) for name in ("sampler", "sampling_steps", "eta", "guidance")}
     frames = []
-    for i in tqdm(range(rank, batches, world_size), unit=" batches", disable=hide_bar()):
+    for i in tqdm(range(rank, num_batches, world_size), unit=" batches", disable=hide_bar()):
         animate = options.animate and i == 0
         if i in drawn and not animate:
             continue
         # From x_T to x_0
-        batch_labels = None if labels is None else labels[i * size : (i + 1) * size]
-        first_seed = derive_seed(seed, "sampling") + i * size
-        trajectory = run.trajectory(size, batch_labels, first_seed, **sampler_options)
+        batch_labels = None if labels is None else labels[i * batch_size : (i + 1) * batch_size]
+        first_seed = derive_seed(seed, "sampling") + i * batch_size
+        trajectory = run.trajectory(batch_size, batch_labels, first_seed, **sampler_options)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=hide_bar()):
             if animate:
                 frames.append(to_pixels(x_t).cpu())
@@ -1197,12 +1199,13 @@ def evaluate(run, count, seed=0):
     if images.shape[1:] != (run.model.image_channels, run.config.image_size, run.config.image_size):
         wants = f"{run.model.image_channels} channels and {run.config.image_size} pixels"
         raise ValueError(f"the network in {run.config.out} wants {wants}, the images of {run.config.data} do not fit")
-    images = images[:count]
+    count = min(count, len(images))
+    images = images[torch.arange(count, device=images.device) * len(images) // count]  # evenly spread over the classes
 
     # The terms of all images, in batches of at most 250
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
     batches = []
-    for pixels in tqdm(images.chunk(math.ceil(len(images) / 250)), unit=" batches", disable=None):
+    for pixels in tqdm(images.chunk(math.ceil(len(images) / 250)), unit=" batches", disable=hide_bar()):
         with autocast(run.config, run.device):
             batches.append(run.diffusion.bits_per_dim(run.model, to_model(pixels), generator=generator))
     bits = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -1291,7 +1294,7 @@ def load_torchvision(name, split):
             dataset = getattr(datasets, TORCHVISION[name])(str(folder), train=split != "test", download=True)
         if len(dataset.targets) != len(dataset.data):
             raise ValueError(f"{len(dataset.data)} images and {len(dataset.targets)} labels")
-    except Exception as error:  # a damaged file may raise almost anything
+    except Exception as error:  # a damaged file may raise any exception
         raise ValueError(
             f"{name} can be neither read from data/ nor downloaded ({in_one_line(error)}); "
             "delete its files there if they are damaged; without a network use --data digits or --data FOLDER, or put "
@@ -1398,7 +1401,7 @@ def natural_order(name):
 
 
 def decode_image(path):
-    """An image file as a PIL image with transparency, turned upright. Raises almost anything if it is damaged."""
+    """An image file as a PIL image with transparency, turned upright. May raise any exception if it is damaged."""
     with Image.open(path) as file:
         if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
             raise ValueError("its pixels have 32 bits or a sign; 8 or 16 bits are read")
@@ -1483,7 +1486,7 @@ def describe_folder(folder, data):
         more = ["…"] if len(data.classes) > 20 else []
         lines.append("labels: " + ", ".join([*named, *more]))
     else:
-        lines.append("labels: none; they take two or more subfolders, one for each class")
+        lines.append("labels: none (labels need two or more subfolders, one for each class)")
     return "\n".join(lines)
 
 
@@ -1544,7 +1547,7 @@ def convert_option(value, kind, name):
 
 def check_options(options, spell=str):
     """Convert the fields of a dataclass of options to their types. Raise ValueError for one outside its bounds or
-    choices; spell turns its name into that of the message."""
+    choices. spell(name) is the name of a field in messages."""
     for field in dataclasses.fields(options):
         name = spell(field.name)
         value = getattr(options, field.name)
@@ -1622,7 +1625,9 @@ class Config:
         choices=("constant", "linear"),
     )
     grad_clip: float = option(1.0, "the gradient's norm is clipped at this value; 0 does not clip", 0)
-    ema_decay: float = option(0.9999, "decay of the averaged weights, per step", 0, 0.999999)
+    ema_decay: float = option(
+        0.9999, "largest decay of the averaged weights; at step n it is at most (1 + n)/(10 + n)", 0, 0.999999
+    )
     flip: bool = option(False, "mirror half of the images left to right")
 
     # Reproducibility, log, checkpoints
@@ -1648,7 +1653,7 @@ class Config:
 
 @dataclasses.dataclass
 class Source:
-    """What --sample, --evaluate and --export work on."""
+    """The run that --sample, --evaluate and --export read; --sample also takes published weights."""
 
     out: str = option(None, "the folder of a run", shown="the newest run in runs/")
     data: str = option(
@@ -1671,7 +1676,7 @@ class Sampling:
     sampling_steps: int = option(
         None, "S, the number of steps, 1…T", shown="10 for dpm-solver, 50 for ddim, T for ddpm"
     )
-    eta: float = option(0.0, "noise of ddim: 0 is deterministic, 1 has the noise of ddpm", 0, 1)
+    eta: float = option(0.0, "noise of ddim: 0 is deterministic, 1 adds as much as ddpm with fixed_small", 0, 1)
     guidance: float = option(0.0, "weight of classifier-free guidance; 0 is none", -1000, 1000)
     label: str = option(None, "the class to draw, by name or number", shown="all in turn")
     unconditional: bool = option(False, "draw without labels")
@@ -1731,7 +1736,7 @@ GREY_28 = dict(
     image_size=28,
     dim_mults=(1, 2, 4),
     attn_resolutions=(7,),
-    steps=5000,
+    steps=3000,
     lr=2e-3,
     sample_every=1000,
 )
@@ -1740,9 +1745,9 @@ FOLDER = dict(
     image_size=32,
     dim_mults=(1, 2, 4, 8),
     attn_resolutions=(8,),
-    steps=8000,
+    steps=7000,
     lr=1e-3,
-    sample_every=2000,
+    sample_every=1000,
 )
 GPU = dict(
     PAPER,
@@ -1769,7 +1774,8 @@ def preset(data, name=None, **changes):
     # In a folder, self-attention is at the largest level that is not above the preset's size.
     if data not in DATA_SETS and "attn_resolutions" not in changes:
         limit = config.attn_resolutions[0]
-        config.attn_resolutions = (max([size for size in level_sizes(config) if size <= limit], default=limit),)
+        fitting = [size for size in level_sizes(config) if size <= limit]
+        config.attn_resolutions = (max(fitting, default=limit),)
     return config
 
 
@@ -1817,6 +1823,11 @@ def build(config, image_channels, num_classes):
 # Helpers
 
 
+def in_one_line(error):
+    """The message of an exception, or else its type, as one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def derive_seed(seed, use, *numbers):
     """A 32-bit seed for one use of randomness, such as derive_seed(seed, "training", step, rank). Different uses and
     different numbers give independent streams: children of seed in NumPy's SeedSequence."""
@@ -1842,7 +1853,7 @@ def pick_device(name=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.zeros(1, device=device).tolist()
-    except Exception as error:  # a device without its library may raise almost anything
+    except Exception as error:  # a device without its library may raise any exception
         raise ValueError(
             f"device {name!r} can't be used here: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from None
@@ -1910,7 +1921,7 @@ def keep_freed_memory():
 
 
 def rank_and_world_size():
-    """The number of this process and the number of processes, as set by torchrun. Raises ValueError for half of it."""
+    """The number of this process and the number of processes, set by torchrun. Raises ValueError if one is missing."""
     rank = os.environ.get("RANK")
     world_size = os.environ.get("WORLD_SIZE")
     if rank in (None, "0") and world_size in (None, "1"):
@@ -1929,8 +1940,8 @@ def share_between_processes(model, device):
     if world_size == 1:
         return model, None
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    control = dist.new_group(backend="gloo")
-    return nn.parallel.DistributedDataParallel(model), control
+    cpu_group = dist.new_group(backend="gloo")
+    return nn.parallel.DistributedDataParallel(model), cpu_group
 
 
 def gather_batches(drawn):
@@ -1954,8 +1965,9 @@ def leave_processes():
 
 @contextlib.contextmanager
 def record_signals():
-    """Context manager that records the first SIGINT, SIGTERM or SIGHUP (a closed terminal) in a list; a second one
-    terminates the process. One that is ignored, as by nohup, stays ignored. Only the main thread can record signals."""
+    """Context manager that records the first SIGINT, SIGTERM and SIGHUP (a closed terminal) in a list; a second of
+    the same kind has its usual effect. One that is ignored, as by nohup, stays ignored. Does nothing in other
+    threads than the main one."""
     received = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
@@ -2007,7 +2019,7 @@ def atomic_write(path, save):
         # torch turns a full disk into a RuntimeError.
         if isinstance(error, (OSError, RuntimeError)):
             reason = error.__context__ or error
-            raise OSError(f"{path} can't be written ({reason}); its previous content is intact") from None
+            raise OSError(f"{path} can't be written ({reason}); a previous version is intact") from None
         raise
 
 
@@ -2024,7 +2036,7 @@ def write_folder(path, save):
             raise OSError(f"{path} can't be written ({in_one_line(error)})") from None
         raise
 
-    # In the place of the old one
+    # Replace the old folder
     try:
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
@@ -2097,10 +2109,10 @@ def write_samples(out, images, columns, individual, frames):
         paths.append(out / "individual")
         write_folder(paths[-1], save_individually)
 
-    # About 60 of the frames, in a second and a half or more, and the last one for two seconds
+    # About 60 of the frames, each for 60 ms or, if they are few, all for 1.5 seconds; the last one for two seconds
     if frames:
-        milliseconds = max(60, 1500 // len(frames))
         chosen = frames[: -1 : math.ceil(len(frames) / 60)]
+        milliseconds = max(60, 1500 // max(1, len(chosen)))
         grids = [make_grid_image(frame, columns) for frame in [*chosen, frames[-1]]]
         paths.append(out / "samples.gif")
         save_gif = functools.partial(
@@ -2120,7 +2132,7 @@ class ImageStore:
     not grow with their number, and a call that was stopped can be repeated to draw the others. What was drawn with
     other weights, another seed or other options is removed. All processes need the same folder."""
 
-    def __init__(self, out, run, size, seed, options):
+    def __init__(self, out, run, batch_size, seed, options):
         # What the images depend on
         weights = 0
         for weight in (run.diffusion.betas, *run.model.parameters()):
@@ -2128,7 +2140,8 @@ class ImageStore:
         how = {**dataclasses.asdict(run.config), **dataclasses.asdict(options)}
         for name in ("out", "data", "device", "compile", "sampling_batch", "individual", "animate"):
             del how[name]
-        note = json.dumps({**how, "weights": weights, "seed": seed, "size": size}).encode()
+        how["variance"] = run.diffusion.variance_type  # a caller may have changed it
+        note = json.dumps({**how, "weights": weights, "seed": seed, "batch_size": batch_size}).encode()
 
         # A folder named after it; rank 0 removes others
         self.root = out / ".drawn"
@@ -2146,7 +2159,7 @@ class ImageStore:
     def __contains__(self, i):
         try:
             load_tensors(self.path(i))
-        except Exception:  # a damaged file may raise almost anything
+        except Exception:  # a damaged file may raise any exception
             return False
         return True
 
@@ -2202,7 +2215,7 @@ class TrainingState:
         self.ema.load_state_dict(checkpoint["ema"])
         try:
             self.restore_optimizer(checkpoint["optimizer"]["state"])
-        except Exception as error:  # a damaged state may raise almost anything
+        except Exception as error:  # a damaged state may raise any exception
             reason = f"its part optimizer can't be restored ({in_one_line(error)})"
             raise ValueError(f"{config.out}/checkpoint.pt: {reason}") from None
         self.step = step
@@ -2215,7 +2228,7 @@ class TrainingState:
             print(f"the images of {config.data} as read, or their labels, have changed since the run's last checkpoint")
 
     def restore_optimizer(self, state):
-        """Load Adam's moments. Raises almost anything if they do not fit the weights."""
+        """Load Adam's moments. May raise any exception if they do not fit the weights."""
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=copy.deepcopy(state)))
         for weight in self.model.parameters():
             for name, shape in (("exp_avg", weight.shape), ("exp_avg_sq", weight.shape), ("step", ())):
@@ -2244,14 +2257,14 @@ def read_checkpoint(out):
     try:
         checkpoint = load_tensors(path)
         check_checkpoint(checkpoint, out)
-    except Exception as error:  # a malformed file may raise almost anything
+    except Exception as error:  # a malformed file may raise any exception
         reason = in_one_line(f"{type(error).__name__}: {error}")
         raise ValueError(f"{path} is no checkpoint of ddpm.py, or not a whole one ({reason})") from None
     return checkpoint
 
 
 def load_tensors(path):
-    """What torch.save wrote, read without running code that it may contain (weights_only). Raises almost anything if
+    """What torch.save wrote, read without running code that it may contain (weights_only). May raise any exception if
     it is damaged; a changed bit shows in the checksums of the zip file."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
@@ -2264,7 +2277,7 @@ def load_tensors(path):
 
 
 def check_checkpoint(checkpoint, out):
-    """Turn the settings of a checkpoint into a Config. Raises almost anything if a part is missing, has another type,
+    """Turn the settings of a checkpoint into a Config. May raise any exception if a part is missing, has another type,
     or does not fit the network of that Config."""
     # Settings and numbers; "prediction" is newer than the others
     missing = {field.name for field in dataclasses.fields(Config)} - {"prediction", *checkpoint["config"]}
@@ -2455,18 +2468,18 @@ def announce(config, state, images):
 
 
 def check_memory(config, device):
-    """Raise ValueError if a training step surely needs more memory than there is. (A system that runs out of memory may
-    end the process without a word.)"""
+    """Raise ValueError if a training step certainly needs more memory than there is. (A system that runs out of memory
+    may kill the process without a message.)"""
     # Each residual block, of which a level has 2n + 1, keeps its layers' inputs: six, or four if compiled or on a GPU
     with autocast(config, device):
-        number = 2 if torch.is_autocast_enabled(device.type) else 4  # bytes
+        bytes_per_value = 2 if torch.is_autocast_enabled(device.type) else 4
     kept = 6 if device.type == "cpu" and not config.compile else 4
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in build_network(config, 1, None).parameters())
     needed = 0
     for size, mult in zip(level_sizes(config), config.dim_mults, strict=True):
         blocks = 2 * config.num_res_blocks + 1
-        needed += config.batch_size * blocks * kept * mult * config.dim * size**2 * number
+        needed += config.batch_size * blocks * kept * mult * config.dim * size**2 * bytes_per_value
     if device.type == "cuda":  # a GPU for each process
         _, world_size = rank_and_world_size()
         needed /= world_size
@@ -2529,9 +2542,9 @@ class TrainingLog:
     """Writes log.csv: means over the steps since the line before. Losses stay on the device until a line is written, so
     that no step waits for the GPU."""
 
-    def __init__(self, config, control, first_step, device):
+    def __init__(self, config, cpu_group, first_step, device):
         self.config = config
-        self.control = control
+        self.cpu_group = cpu_group
         self.device = device
         self.done = first_step
         self.history = []
@@ -2578,7 +2591,7 @@ class TrainingLog:
         memory = peak_memory(self.device)
         if memory is not None:
             text += f"; memory {memory:.1f} GiB"
-        with contextlib.suppress(OSError):  # a reader that has gone, as head does, does not end the training
+        with contextlib.suppress(OSError):  # stdout was closed, as by head; that does not end the training
             tqdm.write(text)
 
     @torch.no_grad()
@@ -2605,8 +2618,8 @@ class TrainingLog:
         # One copy from the device; the mean over processes
         losses, norms = torch.stack(self.history, dim=1).float().cpu()
         rank, world_size = rank_and_world_size()
-        if self.control is not None:
-            dist.all_reduce(losses, group=self.control)
+        if self.cpu_group is not None:
+            dist.all_reduce(losses, group=self.cpu_group)
             losses /= world_size
         self.check_finite(losses, norms)
 
@@ -2629,9 +2642,11 @@ class TrainingLog:
         finite = losses.isfinite() & norms.isfinite()
         if not finite.all():
             step = self.done - len(finite) + int(finite.int().argmin())
+            path = Path(self.config.out) / "checkpoint.pt"
+            kept = f"{path} is the last good one; " if path.exists() else ""
             raise ValueError(
                 f"loss or gradient is not finite at (seed {self.config.seed}, step {step}); "
-                f"{self.config.out}/checkpoint.pt is the last good one; a smaller --lr than {self.config.lr:g} may help"
+                f"{kept}a smaller --lr than {self.config.lr:g} may help"
             )
 
 
@@ -2723,7 +2738,7 @@ def load_published(folder):
         check_finite(network, file.name)
     except ImportError:
         raise ValueError(f"{folder} holds .safetensors, which need that package: pip install safetensors") from None
-    except Exception as error:  # a malformed file may raise almost anything
+    except Exception as error:  # a malformed file may raise any exception
         raise ValueError(f"{folder} is no published network that fits here: {in_one_line(error)}") from None
     return network.eval(), shape
 
@@ -2762,11 +2777,6 @@ def current_name(name):
     """A weight's name; files of before 2023 call the layers of attention differently."""
     name = name.replace(".query.", ".to_q.").replace(".key.", ".to_k.").replace(".value.", ".to_v.")
     return name.replace(".proj_attn.", ".to_out.0.")
-
-
-def in_one_line(error):
-    """The message of an exception, or else its type, as one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_initial_weights(model, config):
@@ -2813,7 +2823,7 @@ def published_schedule(folder):
             if torch.allclose(build_diffusion(config).betas, betas, rtol=1e-5, atol=0):
                 return dict(timesteps=timesteps, schedule=schedule, variance=variance, prediction=prediction)
         raise ValueError("its betas are neither the linear nor the cosine schedule")
-    except Exception as error:  # a malformed file may raise almost anything
+    except Exception as error:  # a malformed file may raise any exception
         raise ValueError(f"{path} is no schedule that fits here: {in_one_line(error)}") from None
 
 
@@ -3075,7 +3085,7 @@ def refuse_two_runs(given):
 
 
 def given_machine(given):
-    """Those of the given options that say on which machine to compute, and how."""
+    """The given options among --device, --bf16 and --compile."""
     return {name: given[name] for name in MACHINE if name in given}
 
 
@@ -3166,11 +3176,16 @@ def main(arguments=None):
     prepare_terminal()
 
     # The mode, or the line that says what is wrong
-    advice = "fewer images need less"
+    advice = "close other programs"
     try:
         mode, given = parse(sys.argv[1:] if arguments is None else arguments)
-        if mode != "evaluate":
-            advice = f"a smaller --{'sampling-batch' if mode == 'sample' else 'batch-size'} needs less"
+        if mode in ("train", "sample", "evaluate"):
+            less = {
+                "train": "a smaller --batch-size",
+                "sample": "a smaller --sampling-batch",
+                "evaluate": "a smaller N",
+            }
+            advice = f"{less[mode]} needs less"
         keep_freed_memory()
         if not 0 <= given.get("seed", 0) < 2**32:
             raise ValueError(f"--seed must lie in 0…{2**32 - 1}, got {given['seed']}")
@@ -3186,7 +3201,7 @@ def main(arguments=None):
             run_export(given)
         sys.stdout.flush()
         return
-    except BrokenPipeError:  # whoever read the output has gone, as head does
+    except BrokenPipeError:  # stdout was closed, as by head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (ValueError, OSError) as error:

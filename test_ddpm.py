@@ -592,6 +592,10 @@ def test_plain_mistakes_of_a_caller_are_named_in_one_line():
         (lambda: diffusion.bits_per_dim(model, bytes_), floats),
         (lambda: diffusion.p_sample(model, x, 3, noise=bytes_), "noise must be floats"),
         (lambda: diffusion.p_losses(lambda x_t, t: (x_t,), x, t), "the model must return a tensor, got tuple"),
+        (
+            lambda: diffusion.score(lambda x_t, t: x_t[:, :, :2], x, t),
+            r"must return \(2, 1, 4, 4\), got \(2, 1, 2, 4\)",
+        ),
         (lambda: exact(prediction="velocity").score(model, x.half(), t), "a velocity needs x_t in float32 or float64"),
         (lambda: diffusion.q_sample(x, [3, 4]), "t must be an int or int64 of shape"),
         (lambda: diffusion.q_sample(x, 2.0), "t must be an int or int64 of shape"),
@@ -2677,6 +2681,33 @@ def test_sampling_that_was_stopped_goes_on(folder, monkeypatch):
     ]
 
 
+def test_stored_images_of_another_variance_are_drawn_again(folder, monkeypatch):
+    """A caller changes σ_t² of a trained run, as README says; an interrupted call with β_t leaves nothing to one with
+    β̃_t."""
+    make_run("runs/digits", timesteps=3)
+    run, original = ddpm.Run.read("runs/digits", bf16=False), ddpm.Run.trajectory
+    calls = []
+
+    def trajectory(self, *a, **how):
+        calls.append(self.diffusion.variance_type)
+        if calls[1:] == ["fixed_large"]:
+            raise KeyboardInterrupt
+        return original(self, *a, **how)
+
+    def images(variance):
+        calls.clear()
+        run.diffusion.variance_type = variance
+        ddpm.sample(run, 4, sampler="ddpm", sampling_batch=2, individual=True)
+        return [path.read_bytes() for path in sorted(Path("runs/digits/individual").iterdir())]
+
+    monkeypatch.setattr(ddpm.Run, "trajectory", trajectory)
+    whole = images("fixed_small")
+    with pytest.raises(KeyboardInterrupt):
+        images("fixed_large")
+    assert images("fixed_small") == whole
+    assert calls == ["fixed_small", "fixed_small"]
+
+
 def test_individual_images_do_not_stay_in_memory(folder, monkeypatch):
     """Of 40 batches of 50 images, with all 2,000 written, no more than the one that is drawn is in memory while the
     next is; then at most two beside the 1,024 images of the grid."""
@@ -2929,8 +2960,9 @@ def test_training_draws_grids_a_column_a_class(folder, monkeypatch):
 
 @pytest.mark.parametrize("count, seed", [(600, 3), (251, 0), (2, 2**32 - 1)])
 def test_evaluation_written_out(count, seed, folder, monkeypatch, capsys):
-    """--evaluate prints means and standard errors of bits_per_dim over all batches of at most 250 held-out images, with
-    one stream of noise for all of them; rate and distortion; the RMSE of x̂_0 at t = 0 on the 0…255 scale."""
+    """--evaluate prints means and standard errors of bits_per_dim over all batches of at most 250 held-out images,
+    evenly spread over the 700 that there are, with one stream of noise for all of them; rate and distortion; the RMSE
+    of x̂_0 at t = 0 on the 0…255 scale."""
     network = make_run("runs/digits", conditional=False, timesteps=6)
     images = torch.randint(0, 256, (700, 1, 8, 8), dtype=torch.uint8)
     asked = []
@@ -2941,7 +2973,7 @@ def test_evaluation_written_out(count, seed, folder, monkeypatch, capsys):
     assert asked == [("digits", "test")]
 
     diffusion = ddpm.build_diffusion(ddpm.preset("digits", timesteps=6))
-    x = images[:count].float() / 127.5 - 1
+    x = images[[700 * i // count for i in range(count)]].float() / 127.5 - 1
     generator = torch.Generator().manual_seed(ddpm.derive_seed(seed, "evaluation"))
     batches = [diffusion.bits_per_dim(network, part, generator=generator) for part in x.chunk(math.ceil(count / 250))]
     bits = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -3347,7 +3379,7 @@ def test_a_folder_without_classes_says_so(folder, capsys):
     how = {**TINY, "data": "pictures", "image_size": 8, "steps": 1}
     assert cli("--train", *flags(how), "--conditional") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[1] == "labels: none; they take two or more subfolders, one for each class"
+    assert said[1] == "labels: none (labels need two or more subfolders, one for each class)"
     assert ddpm.Run.read("runs/pictures").model.num_classes is None
 
 
@@ -3614,7 +3646,7 @@ def test_the_cifar10_preset_is_the_papers():
     np.testing.assert_allclose(diffusion.betas, BETAS, rtol=1e-6)
 
 
-SMALL_GREY = dict(image_size=28, dim=16, dim_mults=(1, 2, 4), attn_resolutions=(7,), steps=5000, batch_size=32)
+SMALL_GREY = dict(image_size=28, dim=16, dim_mults=(1, 2, 4), attn_resolutions=(7,), steps=3000, batch_size=32)
 SMALL_GREY.update(num_res_blocks=1, lr=2e-3, warmup=200, lr_decay="linear", dropout=0, flip=False, conditional=True)
 SMALL_GREY.update(schedule="cosine", prediction="velocity")
 SETTINGS = dict(
@@ -3640,7 +3672,7 @@ SETTINGS = dict(
         image_size=32,
         dim_mults=(1, 2, 4, 8),
         attn_resolutions=(8,),
-        steps=8000,
+        steps=7000,
         lr=1e-3,
     ),
     gpu=dict(
@@ -4418,7 +4450,7 @@ def test_an_interruption_elsewhere_is_one_line(folder, monkeypatch, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder, no_trial, monkeypatch, capsys):
     """NaN at step 5 (counted from 0) of a run that logs every 4 steps and saved at 4: exit status 2, (seed, step) is
-    named, and the checkpoint is still that of step 4."""
+    named, and the checkpoint is still that of step 4; a run that has saved nothing yet names no checkpoint."""
     original, steps = ddpm.GaussianDiffusion.p_losses, []
 
     def p_losses(self, *batch):
@@ -4432,6 +4464,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder, no_t
     saved = read("runs/digits")
     assert saved["step"] == 4
     assert all(w.isfinite().all() for w in saved["model"].values())
+
+    steps.clear()
+    assert cli("--train", *flags({**how, "checkpoint_every": 8})) == 2
+    assert capsys.readouterr().err.endswith("not finite at (seed 7, step 5); a smaller --lr than 0.003 may help\n")
+    assert not Path("runs/digits/checkpoint.pt").exists()
 
 
 def test_a_new_run_keeps_the_earlier_one(folder, capsys):
@@ -5056,6 +5093,11 @@ def test_too_little_memory_or_no_compiler_is_one_line(folder, monkeypatch, capsy
         assert cli("--train", *flags({**TINY, "steps": 1})) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == "ddpm.py: error: CUDA out of memory; a smaller --batch-size needs less"
+
+    with monkeypatch.context() as patch:  # whose batch size is that of the run
+        patch.setattr(ddpm.GaussianDiffusion, "p_losses", exhausted)
+        assert cli("--train", "--resume", "--steps", 2) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "ddpm.py: error: CUDA out of memory; close other programs"
 
     with monkeypatch.context() as patch:
         patch.setattr(ddpm.GaussianDiffusion, "p_losses", lambda *_: torch.empty(2**60, dtype=torch.uint8))
@@ -6186,19 +6228,19 @@ MISTAKES = [
     ),
     (
         "DPM-Solver extrapolates twice as far",
-        "x_start = pred_x_start + ratio / 2 *",
-        "x_start = pred_x_start + ratio *",
+        "extrapolated = pred_x_start + ratio / 2 *",
+        "extrapolated = pred_x_start + ratio *",
         functools.partial(test_dpm_solver_in_its_own_exponential_form, steps=7, clip=False),
     ),
     (
         "DPM-Solver extrapolates from an extrapolation",
-        "x_start_r = pred_x_start",
-        "x_start_r = x_start",
+        "pred_x_start_r = pred_x_start",
+        "pred_x_start_r = extrapolated",
         functools.partial(test_dpm_solver_in_its_own_exponential_form, steps=7, clip=False),
     ),
     (
         "DPM-Solver does not clamp what it extrapolates",
-        "x_start = x_start.clamp(-1, 1)",
+        "extrapolated = extrapolated.clamp(-1, 1)",
         "pass",
         functools.partial(test_dpm_solver_in_its_own_exponential_form, steps=7, clip=True),
     ),
@@ -6210,7 +6252,7 @@ MISTAKES = [
     ),
     (
         "encoding takes x_0 for x_1",
-        "x_t = self._combine(x_start, noise, timesteps[0])",
+        "x_t = self._combine(x_start, predicted_noise, timesteps[0])",
         "x_t = x_start",
         functools.partial(test_encoding_written_out, steps=37, clip=False),
     ),
