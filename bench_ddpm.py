@@ -686,27 +686,32 @@ def nearest(images, others, count):
 def memory(settings):
     """Samples and the training images nearest to them, which would be equal if the network drew from memory.
 
-    Each row on the left is a sample and its five nearest training images. On the right is the loss of the averaged
-    weights on training images and on held-out ones, as in log.csv. The table compares as many samples as images are
-    held out: how far each is from the nearest training image. Held-out images show how far new images are."""
+    The run in runs/<data> is taken, whatever its settings are. Each row on the left is a sample and its five nearest
+    training images. On the right is the loss of the averaged weights on training images and on held-out ones, as in
+    log.csv. The table compares as many samples as images are held out: how far each is from the nearest training image.
+    Held-out images show how far new images are."""
     figure, axes = make_figure(2, 8, 4.4, width_ratios=(3, 2))
-    run = base_run(settings)
-    train = load_images(settings, "train")
-    held_out = load_images(settings, "test")
-    if not len(held_out):
-        raise ValueError(f"no image of {settings.data} is held out from training: it has too few")
+    out = ddpm.preset(settings.data).out
+    if (Path(out) / "checkpoint.pt").exists():
+        run = ddpm.Run.read(out, settings.device)
+    else:
+        run = base_run(settings)
+    train, _ = ddpm.load_data(settings.data, run.config.image_size, split="train")
+    held_out, _ = ddpm.load_data(settings.data, run.config.image_size, split="test")
     samples = draw(settings, run, max(10, len(held_out)))
 
     rows = []
     for name, images in (("samples", samples), ("held-out images", held_out)):
+        if not len(images):  # a very small data set
+            continue
         distances, _ = nearest(images, train, 1)
         tenth, median = distances.quantile(torch.tensor([0.1, 0.5])).tolist()
         rows.append([name, len(images), f"{median:.1f}", f"{tenth:.1f}", f"{distances.min():.1f}"])
     print_table(["RMS difference to the nearest training image", "images", "median", "lowest tenth", "least"], rows)
 
-    _, which = nearest(samples[:10], train, 5)
+    _, which = nearest(samples[:10], train, min(5, len(train)))
     rows = [torch.cat([sample[None], train[row]]) for sample, row in zip(samples[:10], which, strict=True)]
-    axes[0].imshow(ddpm.make_grid_image(torch.cat(rows), 6), cmap="gray")
+    axes[0].imshow(ddpm.make_grid_image(torch.cat(rows), len(rows[0])), cmap="gray")
     axes[0].axis("off")
     for column, name in (("ema_loss", "training images"), ("ema_loss_held_out", "held-out images")):
         axes[1].plot(*read_log(run.config.out, column), "o-", label=name)

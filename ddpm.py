@@ -1098,13 +1098,14 @@ class Run:
         raise ValueError(f"--label must lie in 0…{numbers[-1]}{known}, got {label}")
 
     def grid(self, step):
-        """Write a grid of samples, with a column for each class, named after the training step."""
-        classes = self.model.num_classes
-        count = 10 * min(classes, 16) if classes else 64
+        """Write a grid of samples, with a column for each class (at most 16), named after the training step."""
+        columns = self.model.num_classes and min(self.model.num_classes, MAX_COLUMNS)
+        count = 10 * columns if columns else 64
+        labels = torch.arange(count) % columns if columns else None
         seed = derive_seed(self.config.seed, "grid")
-        pixels = to_pixels(last(self.trajectory(count, self.labels(count), seed)))
+        pixels = to_pixels(last(self.trajectory(count, labels, seed)))
         path = Path(self.config.out) / f"samples-{step:06}.png"
-        atomic_write(path, functools.partial(make_grid_image(pixels, classes).save, format="PNG"))
+        atomic_write(path, functools.partial(make_grid_image(pixels, columns).save, format="PNG"))
 
 
 def sample(run, count, seed=0, **options):
@@ -1132,12 +1133,12 @@ def sample(run, count, seed=0, **options):
     num_batches = math.ceil(count / options.sampling_batch)
     batch_size = math.ceil(count / num_batches)
 
-    # Labels, and a column of the grid for each class
+    # Labels, and a column of the grid for each class, unless there are many
     labels = None
     if not options.unconditional:
         labels = run.labels(num_batches * batch_size, options.label)
     columns = None
-    if labels is not None and options.label is None:
+    if labels is not None and options.label is None and run.model.num_classes <= MAX_COLUMNS:
         columns = run.model.num_classes
 
     # Every process draws its share of the batches; with --individual, into files
@@ -1322,6 +1323,7 @@ def load_digits():
 
 # A folder of images
 
+NO_FOLDER = "(no folder)"  # the class of images that lie beside the subfolders
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .pnm .tga .jp2 .avif".split())
 
 
@@ -1335,7 +1337,8 @@ def load_folder(folder, image_size):
     paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     skipped = [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
     if not paths:
-        raise ValueError(f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders")
+        found = f"; it has {len(skipped):,} other files ({suffixes(skipped)})" if skipped else ""
+        raise ValueError(f"no images in {folder}: it needs .png, .jpg or others that can be read{found}")
 
     # Their memory, twice, since the training set is a copy
     size = 2 * len(paths) * 3 * image_size**2
@@ -1347,22 +1350,35 @@ def load_folder(folder, image_size):
     # Their pixels, and which are held out
     images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
     held_out = torch.empty(len(paths), dtype=torch.bool)
+    errors = []
     for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=hide_bar())):
-        images[i] = read_image(path, image_size)
+        try:
+            images[i] = read_image(path, image_size)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
         held_out[i] = zlib.crc32(path.read_bytes()) % 10 == 0
+    if errors:
+        more = f"; and {len(errors) - 3:,} more" if len(errors) > 3 else ""
+        raise ValueError("; ".join(errors[:3]) + more)
     if all((image == image[:1]).all() for image in images):
         images = images[:, :1].clone()  # all are grey
 
-    # The classes; an image that lies in the folder itself has the class "".
-    names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
+    # The classes; the images that lie in the folder itself are one, too.
+    names = [path.relative_to(folder).parts[0] if path.parent != folder else NO_FOLDER for path in paths]
     classes = sorted(set(names), key=natural_order)
     labels = torch.tensor([classes.index(name) for name in names])
     for label in range(len(classes)):  # a class is never held out as a whole
         if held_out[labels == label].all():
             held_out[labels == label] = False
-    if len(classes) == 1:
+    if len(set(classes) - {NO_FOLDER}) < 2:
         return Data(images, None, None, held_out, skipped)
     return Data(images, labels, classes, held_out, skipped)
+
+
+def suffixes(names):
+    """The suffixes of files, or their names if they have none, five at most, as one text."""
+    return ", ".join(sorted({Path(name).suffix or name for name in names})[:5])
 
 
 SAMPLES = ("samples.png", "samples.gif", "individual")  # what --sample writes
@@ -1400,9 +1416,11 @@ def natural_order(name):
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-def decode_image(path):
-    """An image file as a PIL image with transparency, turned upright. May raise any exception if it is damaged."""
+def decode_image(path, image_size):
+    """An image file as a PIL image, RGB, or RGBA if it may be transparent, turned upright. A large JPEG is reduced as
+    it is decoded, to not less than 4 times image_size. May raise any exception if it is damaged."""
     with Image.open(path) as file:
+        file.draft(None, (4 * image_size, 4 * image_size))
         if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
             raise ValueError("its pixels have 32 bits or a sign; 8 or 16 bits are read")
         image = file
@@ -1412,7 +1430,8 @@ def decode_image(path):
             if getattr(file, "tag_v2", {}).get(262) == 0:
                 raise ValueError("16-bit TIFF in which 0 is white is not supported")
             image = file.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
-        return ImageOps.exif_transpose(image).convert("RGBA")
+        image = ImageOps.exif_transpose(image)
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def read_image(path, image_size):
@@ -1420,10 +1439,11 @@ def read_image(path, image_size):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = decode_image(path)
+            image = decode_image(path, image_size)
         # On white, then resized and cropped
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        if image.mode == "RGBA":
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image).convert("RGB")
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
     except Exception as error:
         raise ValueError(f"{path} can't be read as an image: {in_one_line(error)}") from None
@@ -1438,7 +1458,7 @@ def load_training_data(config, device):
         raise ValueError(f"image_size must be {data.images.shape[2]} for {config.data}, got {config.image_size}")
     rank, _ = rank_and_world_size()
     if rank == 0 and config.data not in DATA_SETS:
-        print(describe_folder(config.data, data))
+        print(describe_folder(config, data))
 
     # The training set, and what is held out; torchvision keeps its test set apart.
     images, labels = data.split("train")
@@ -1470,19 +1490,23 @@ def choose_examples(images, labels, device):
     return images[chosen].to(device), None if labels is None else labels[chosen].to(device)
 
 
-def describe_folder(folder, data):
+def describe_folder(config, data):
     """What was read from a folder: images, colours, size, classes with their numbers of images, and what was not."""
     # The images, and other files
     count, channels, height, width = data.images.shape
     colour = "colour" if channels == 3 else "grey"
-    lines = [f"{folder}: {count:,} {colour} images as {height}×{width}; {data.held_out.sum():,} of them held out"]
+    held_out = data.held_out.sum().item()
+    lines = [f"{config.data}: {count:,} {colour} images as {height}×{width}; {held_out:,} of them held out"]
     if data.skipped:
-        suffixes = sorted({Path(name).suffix or name for name in data.skipped})
-        lines[0] += f"; {len(data.skipped):,} other files not read ({', '.join(suffixes[:5])})"
+        lines[0] += f"; {len(data.skipped):,} other files not read ({suffixes(data.skipped)})"
+    if held_out < 10:
+        lines.append("that is too few for ema_loss_held_out in log.csv to show whether the network memorises")
     # The classes
-    if data.classes:
+    if data.classes and not config.conditional:
+        lines.append("labels: none (because of --no-conditional)")
+    elif data.classes:
         counts = data.labels.bincount().tolist()
-        named = [f"{i} = {name or '(no folder)'} ({counts[i]:,})" for i, name in enumerate(data.classes[:20])]
+        named = [f"{i} = {name} ({counts[i]:,})" for i, name in enumerate(data.classes[:20])]
         more = ["…"] if len(data.classes) > 20 else []
         lines.append("labels: " + ", ".join([*named, *more]))
     else:
@@ -2088,6 +2112,7 @@ def check_output(out, individual):
 
 
 SHOWN = 1024  # images in samples.png, at most
+MAX_COLUMNS = 16  # classes that have a column of their own in a grid
 
 
 def write_samples(out, images, columns, individual, frames):
@@ -2587,11 +2612,16 @@ class TrainingLog:
         text = f"{steps_per_second:.3g} steps/s: {in_words(seconds)} to go"
         if seconds > 3600:
             steps = self.done + 3600 * steps_per_second
-            text += f" (an hour: --steps {10 * round(steps / 10)}; or a smaller --dim)"
+            smaller = "--image-size 32" if self.config.image_size > 32 else "a smaller --dim"
+            text += f" (in an hour: Ctrl-C, then --train --resume --steps {10 * round(steps / 10)}; or use {smaller})"
         memory = peak_memory(self.device)
         if memory is not None:
             text += f"; memory {memory:.1f} GiB"
-        with contextlib.suppress(OSError):  # stdout was closed, as by head; that does not end the training
+        self.say(text)
+
+    def say(self, text):
+        """Print a line above the bar. That stdout was closed, as by head, does not end the training."""
+        with contextlib.suppress(OSError):
             tqdm.write(text)
 
     @torch.no_grad()
@@ -2612,6 +2642,9 @@ class TrainingLog:
                     with autocast(self.config, self.device):
                         losses.append(len(t) / len(images) * diffusion.p_losses(model, x_start, t, noise))
                 self.compared[i] = f"{sum(losses):.6f}"
+        if state.examples:
+            which = "{} on training images, {} on held-out images".format(*self.compared)
+            self.say(f"step {self.done:,}: loss of the averaged weights {which}")
 
     def write(self):
         """Write a line. Returns the mean loss. Raises ValueError if a loss is not finite."""
@@ -3179,13 +3212,11 @@ def main(arguments=None):
     advice = "close other programs"
     try:
         mode, given = parse(sys.argv[1:] if arguments is None else arguments)
-        if mode in ("train", "sample", "evaluate"):
-            less = {
-                "train": "a smaller --batch-size",
-                "sample": "a smaller --sampling-batch",
-                "evaluate": "a smaller N",
-            }
-            advice = f"{less[mode]} needs less"
+        advice = {
+            "train": "a smaller --batch-size needs less",
+            "sample": "a smaller --sampling-batch needs less",
+            "evaluate": "fewer images need less",
+        }.get(mode, advice)
         keep_freed_memory()
         if not 0 <= given.get("seed", 0) < 2**32:
             raise ValueError(f"--seed must lie in 0…{2**32 - 1}, got {given['seed']}")

@@ -50,6 +50,7 @@ import zipfile
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 from torch import nn
 
 import bench_ddpm
@@ -3102,9 +3103,13 @@ def test_a_folder_of_images(tmp_path):
 def test_images_are_cropped_averaged_and_turned_upright(tmp_path):
     """The middle of a wide image and of a tall one; pixels are averaged when an image is made smaller; the orientation
     that a camera wrote into EXIF is applied."""
-    for name, size, box in (("wide", (30, 10), (0, 0, 10, 10)), ("tall", (10, 30), (0, 0, 10, 10))):
+    for name, size, ends in (
+        ("wide", (30, 10), [(0, 0, 10, 10), (20, 0, 30, 10)]),
+        ("tall", (10, 30), [(0, 0, 10, 10), (0, 20, 10, 30)]),
+    ):
         image = Image.new("RGB", size, "black")
-        image.paste("white", box)
+        for box in ends:
+            image.paste("white", box)
         image.save(tmp_path / f"{name}.png")
     assert (ddpm.load_data(str(tmp_path), 10)[0] == 0).all()
     stripes = np.zeros((40, 40), np.uint8)
@@ -3331,10 +3336,26 @@ def test_too_little_memory_for_an_image_names_it(where, folder, monkeypatch):
     def exhausted(*_, **__):
         raise MemoryError
 
-    save(folder / "a.png")
+    save(folder / "a.png", mode="RGBA")
     monkeypatch.setattr(*dict(alpha_composite=(ddpm.Image, where), fit=(ddpm.ImageOps, where))[where], exhausted)
     with pytest.raises(ValueError, match="a.png can't be read as an image: MemoryError"):
         ddpm.read_image(Path("a.png"), 8)
+
+
+@pytest.mark.parametrize("size, factor", [((640, 480), 4), ((480, 640), 4), ((300, 127), 1), ((60, 40), 1)])
+def test_a_large_jpeg_is_reduced_as_it_is_decoded(size, factor, tmp_path):
+    """By a power of two, to no less than four times image_size, here 64; other formats are not. The image differs by at
+    most two grey levels from that of the whole file."""
+    waves = [127.5 + 120 * np.sin(np.mgrid[0 : size[1], 0 : size[0]][i % 2] / (9 + 4 * i)) for i in range(3)]
+    image = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+    image.save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    with Image.open(tmp_path / "a.jpg") as file:
+        whole = ImageOps.fit(file.convert("RGB"), (16, 16), Image.Resampling.LANCZOS)
+    got = ddpm.read_image(tmp_path / "a.jpg", 16).permute(1, 2, 0).numpy()
+    assert np.abs(got.astype(int) - np.asarray(whole)).max() <= 2
+    assert ddpm.decode_image(tmp_path / "a.jpg", 16).size == (size[0] // factor, size[1] // factor)
+    image.save(tmp_path / "a.png")
+    assert ddpm.decode_image(tmp_path / "a.png", 16).size == size
 
 
 def test_a_folder_is_described_before_training(folder, capsys):
@@ -3347,11 +3368,12 @@ def test_a_folder_is_described_before_training(folder, capsys):
     assert cli("--train", *flags(how)) == 0
     held_out = sum(zlib.crc32(path.read_bytes()) % 10 == 0 for path in Path("pictures").rglob("*.png"))
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == [
+    assert said[:3] == [
         f"pictures: 30 colour images as 8×8; {held_out} of them held out; 1 other files not read (.txt)",
+        "that is too few for ema_loss_held_out in log.csv to show whether the network memorises",
         "labels: 0 = cats (20), 1 = dogs (10)",
     ]
-    assert said[2].startswith(f"{30 - held_out} images of pictures, ")
+    assert said[3].startswith(f"{30 - held_out} images of pictures, ")
 
     out = ("--out", "runs/pictures", "--no-bf16", "--sampling-steps", 2)
     pictures = []
@@ -3372,6 +3394,54 @@ def test_a_folder_is_described_before_training(folder, capsys):
     assert "pictures has other classes than the run in runs/pictures: ['cats', 'dogs']" in capsys.readouterr().err
 
 
+def test_many_classes_and_what_is_held_out_are_described(tmp_path):
+    """Twenty classes are named, and five suffixes of other files; images beside the subfolders are a class of their
+    own. Fewer than ten held-out images are called too few."""
+    images = torch.zeros(210, 1, 8, 8, dtype=torch.uint8)
+    labels = torch.arange(210) % 21
+    for held_out, few in ((9, True), (10, False)):
+        skipped = [f"{i}{suffix}" for i, suffix in enumerate([".a", ".b", ".c", ".d", ".e", ".f"] * 2)]
+        data = ddpm.Data(images, labels, [str(i) for i in range(21)], torch.arange(210) < held_out, skipped)
+        lines = ddpm.describe_folder(ddpm.Config("many"), data).split("\n")
+        other = "12 other files not read (.a, .b, .c, .d, .e)"
+        assert lines[0] == f"many: 210 grey images as 8×8; {held_out} of them held out; {other}"
+        assert ("that is too few for ema_loss_held_out" in lines[1]) == few
+        assert lines[-1] == f"labels: {', '.join(f'{i} = {i} (10)' for i in range(20))}, …"
+    lines = ddpm.describe_folder(ddpm.Config("many", conditional=False), data).split("\n")
+    assert lines[-1] == "labels: none (because of --no-conditional)"
+
+
+def test_images_beside_the_subfolders_are_a_class(folder, capsys):
+    """If there are two subfolders or more; --label draws it by its name. Beside one subfolder, nothing is a class."""
+    for i in range(6):
+        for path in (f"1/{i}.png", f"2/{i}.png", f"{i}.png"):
+            save(folder / "pictures" / path, size=(8, 8), colour=(8 * i, 0, 99))
+    assert cli("--train", *flags({**TINY, "data": "pictures", "image_size": 8, "steps": 1})) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[2] == "labels: 0 = 1 (6), 1 = 2 (6), 2 = (no folder) (6)"
+    assert cli("--sample", 4, "--label", "(no folder)", "--out", "runs/pictures", "--sampling-steps", 2) == 0
+    assert ddpm.Run.read("runs/pictures").find_label("(no folder)") == 2
+    shutil.rmtree(folder / "pictures" / "2")
+    assert ddpm.load_data("pictures", 8)[1] is None
+
+
+def test_all_files_that_cant_be_read_are_named_at_once(folder, capsys):
+    """Three of them with the reason, and how many more there are. Where nothing can be read, the suffixes are named."""
+    for i in range(5):
+        save(folder / "pictures" / f"{i}.png")
+        (folder / "pictures" / f"{i}.jpg").write_bytes(b"not an image")
+    assert cli("--train", *flags({**TINY, "data": "pictures", "steps": 1})) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for i in range(3):
+        assert f"pictures/{i}.jpg can't be read as an image: cannot identify image file" in line
+    assert line.endswith("; and 2 more")
+    (folder / "phone").mkdir()
+    for name in ("a.HEIC", "b.HEIC"):
+        (folder / "phone" / name).write_bytes(b"")
+    assert cli("--train", *flags({**TINY, "data": "phone", "steps": 1})) == 2
+    assert "or others that can be read; it has 2 other files (.HEIC)" in capsys.readouterr().err
+
+
 def test_a_folder_without_classes_says_so(folder, capsys):
     """With fewer than two subfolders there is nothing to learn a label from, even if --conditional asks for it."""
     for i in range(12):
@@ -3379,7 +3449,7 @@ def test_a_folder_without_classes_says_so(folder, capsys):
     how = {**TINY, "data": "pictures", "image_size": 8, "steps": 1}
     assert cli("--train", *flags(how), "--conditional") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[1] == "labels: none (labels need two or more subfolders, one for each class)"
+    assert said[2] == "labels: none (labels need two or more subfolders, one for each class)"
     assert ddpm.Run.read("runs/pictures").model.num_classes is None
 
 
@@ -3812,9 +3882,10 @@ def test_attention_at_no_level_is_said(folder, capsys):
 
 @pytest.mark.parametrize("size", [48, 64])
 def test_other_sizes_train_and_sample(size, folder):
+    """With the levels and the attention of the preset for folders."""
     for i in range(4):
         save(folder / "pictures" / str(i % 2) / f"{i}.png", colour=(60 * i, 0, 255 - 60 * i), size=(50, 40))
-    small = dict(TINY, data="pictures", image_size=size, dim_mults=(1, 1, 1), attn_resolutions=size // 4, steps=1)
+    small = dict(data="pictures", image_size=size, dim=4, steps=1, batch_size=2, timesteps=10, sample_every=1)
     assert cli("--train", *flags(small)) == 0
     assert cli("--sample", 2, "--individual", "--sampling-steps", 2) == 0
     assert Image.open("runs/pictures/individual/00001.png").size == (size, size)
@@ -3864,6 +3935,10 @@ def test_the_log_and_the_bar_count_images(folder, monkeypatch):
         def set_postfix(self, loss):
             self.loss = float(loss)
 
+        @staticmethod
+        def write(text):
+            assert "on held-out images" in text
+
     def advance(seconds):
         clock[0] += seconds
 
@@ -3880,14 +3955,16 @@ def test_the_log_and_the_bar_count_images(folder, monkeypatch):
     assert [bar.loss for bar in bars] == pytest.approx([float(rows[2][1]), float(rows[3][1])], abs=1e-4)
 
 
-def test_the_log_compares_training_images_with_held_out_ones(folder, monkeypatch):
-    """In the line of each grid of samples: Eq. 14 of the averaged weights on 512 images of the training set
-    and on 512 of those held out, with their labels and without dropout. They are evenly spread over each set; the same
-    permutation of evenly spread t and the same ε serve both. Recomputed here for the last line."""
+def test_the_log_compares_training_images_with_held_out_ones(folder, monkeypatch, capsys):
+    """In the line of each grid of samples, and on the screen: Eq. 14 of the averaged weights on 512 images of the
+    training set and on 512 of those held out, with their labels and without dropout. They are evenly spread over each
+    set; the same permutation of evenly spread t and the same ε serve both. Recomputed here for the last line."""
     monkeypatch.setattr(ddpm, "EXAMPLES", 512)
     saved = train(steps=6, log_every=2, sample_every=3, label_dropout=0.5)
     rows = [row.split(",")[5:] for row in Path("runs/digits/log.csv").read_text().splitlines()[1:]]
     assert [row == ["", ""] for row in rows] == [True, False, True, False]  # steps 2, 3, 4 and 6
+    which = f"{rows[-1][0]} on training images, {rows[-1][1]} on held-out images"
+    assert f"step 6: loss of the averaged weights {which}\n" in capsys.readouterr().out
 
     network = small(image_channels=1, dim_mults=(1,), num_classes=10)
     network.load_state_dict(saved["ema"])
@@ -3915,14 +3992,15 @@ def test_nothing_is_compared_where_nothing_is_held_out(folder):
 
 
 @pytest.mark.parametrize(
-    "step_seconds, want",
+    "step_seconds, size, want",
     [
-        (0.5, None),  # 42 s to go when five seconds have passed since the fifth step: not worth saying
-        (10, "0.1 steps/s: 16 min to go; memory "),
-        (100, "0.01 steps/s: 2 h 37 min to go (an hour: --steps 40; or a smaller --dim); memory "),
+        (0.5, 8, None),  # 42 s to go when five seconds have passed since the fifth step: not worth saying
+        (10, 8, "0.1 steps/s: 16 min to go; memory "),
+        (100, 8, "0.01 steps/s: 2 h 37 min to go (in an hour: {stop} --steps 40; or use a smaller --dim); memory "),
+        (100, 40, "0.01 steps/s: 2 h 37 min to go (in an hour: {stop} --steps 40; or use --image-size 32); memory "),
     ],
 )
-def test_the_time_to_go_is_foretold(step_seconds, want, folder, monkeypatch, capsys):
+def test_the_time_to_go_is_foretold(step_seconds, size, want, folder, monkeypatch, capsys):
     """Once, at step 6 of 100, the first five not being timed, by a clock on which a step takes so long: 94 steps are to
     come. Grids do not count. (A power cut ends the training at step 18.)"""
     clock, p_losses, steps = [0.0], ddpm.GaussianDiffusion.p_losses, []
@@ -3941,13 +4019,16 @@ def test_the_time_to_go_is_foretold(step_seconds, want, folder, monkeypatch, cap
     monkeypatch.setattr(ddpm.GaussianDiffusion, "p_losses", timed)
     monkeypatch.setattr(ddpm.Run, "grid", grid)
     monkeypatch.setattr(ddpm.TrainingLog, "compare", lambda *_: None)
+    for i in range(2):
+        save(folder / "pictures" / f"{i}.png")
     with pytest.raises(PowerCut):
-        train(steps=100, sample_every=5)
+        train(data="digits" if size == 8 else "pictures", image_size=size, steps=100, sample_every=5)
     said = [line for line in capsys.readouterr().out.splitlines() if "steps/s" in line]
     if want is None:
         assert not said
     else:
         (line,) = said
+        want = want.format(stop="Ctrl-C, then --train --resume")
         assert line.startswith(want)
         assert 0.05 < float(line.removeprefix(want).removesuffix(" GiB")) < 100
 
@@ -3959,8 +4040,8 @@ def test_a_run_is_announced(folder, capsys):
     first, _, *last = capsys.readouterr().out.splitlines()
     assert first.startswith("1,618 ")
     assert f"{weights:,} parameters, cpu, 2 steps into runs/digits" in first
-    assert "runs/digits: checkpoint.pt, log.csv, samples-*.png" in last[0]
-    assert "python ddpm.py --sample 64 --out runs/digits" in last[1]
+    assert "runs/digits: checkpoint.pt, log.csv, samples-*.png" in last[-2]
+    assert "python ddpm.py --sample 64 --out runs/digits" in last[-1]
     assert cli("--train", "--resume", "--steps", 5) == 0
     assert "cpu, 3 steps into" in capsys.readouterr().out
 
@@ -5777,18 +5858,57 @@ def test_the_smallest_values_are_taken(name, value):
 
 
 def test_a_grid_has_ten_images_of_at_most_sixteen_classes(folder):
-    """With 20 classes 160 images; sampling and evaluation start from seed 0 unless told otherwise."""
-    counts = []
+    """With 20 classes 160 images of the first 16, a column each; --sample then makes a square grid of all in turn.
+    Sampling and evaluation start from seed 0 unless told otherwise."""
+    asked = []
 
-    def trajectory(count, labels, seed):
-        counts.append((count, len(labels)))
+    def trajectory(count, labels, seed, **how):
+        asked.append(labels.tolist())
         return iter([torch.zeros(count, 1, 8, 8)])
 
-    run = ddpm.Run(ddpm.preset("digits", out=str(folder)), types.SimpleNamespace(num_classes=20), None)
+    network = types.SimpleNamespace(num_classes=20)
+    run = ddpm.Run(ddpm.preset("digits", out=str(folder)), network, types.SimpleNamespace(timesteps=10))
     run.trajectory = trajectory
     GRID(run, 1)
-    assert counts == [(160, 160)]
+    assert asked == [[i % 16 for i in range(160)]]
+    tiles(Image.open(folder / "samples-000001.png"), 16, 160)
+
+    ddpm.sample(run, 40)
+    assert asked[1] == [i % 20 for i in range(40)]
+    tiles(Image.open(folder / "samples.png"), 7, 40)
     assert all(inspect.signature(f).parameters["seed"].default == 0 for f in (ddpm.sample, ddpm.evaluate))
+
+
+@pytest.mark.parametrize("count", [3, 90])
+def test_the_experiment_memory_measures_the_nearest_training_images(count, folder, monkeypatch, capsys):
+    """Of the run that is there, whatever its settings, also where nothing is held out: the distances of the samples,
+    and of held-out images if there are any, recomputed here one by one."""
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        (folder / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(noise).save(folder / "pictures" / f"{i}.png")
+    train(data="pictures", image_size=8, steps=1, out="runs/pictures")
+    samples = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
+    axes = [mock.MagicMock(), mock.MagicMock()]
+    monkeypatch.setattr(bench_ddpm, "make_figure", lambda *_, **__: ("figure", axes))
+    monkeypatch.setattr(bench_ddpm, "draw", lambda settings, run, count: samples)
+    capsys.readouterr()
+    assert bench_ddpm.memory(bench_ddpm.Settings(data="pictures")) == "figure"
+    said = capsys.readouterr().out
+
+    images = ddpm.read_data("pictures", 8)
+    train_images = images.images[~images.held_out].double().numpy()
+    sets = {"samples": samples.double().numpy()}
+    if count == 90:
+        sets["held-out images"] = images.images[images.held_out].double().numpy()
+    assert ("held-out" in said) == (count == 90)
+    for name, chosen in sets.items():
+        nearest = [min(((a - b) ** 2).mean() ** 0.5 for b in train_images) for a in chosen]
+        cells = re.search(rf"{name}[ |]+(\d+)[ |]+([\d.]+)[ |]+([\d.]+)[ |]+([\d.]+)", said).groups()
+        want = [len(chosen), np.median(nearest), np.quantile(nearest, 0.1), min(nearest)]
+        np.testing.assert_allclose([float(cell) for cell in cells], want, atol=0.051)
+    grid = np.asarray(axes[0].imshow.call_args[0][0])
+    assert grid.shape[:2] == (4 * (10 * 9 + 1), 4 * (min(6, len(train_images) + 1) * 9 + 1))
 
 
 def test_any_terminal_can_print_everything(folder, monkeypatch):
