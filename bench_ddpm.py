@@ -74,10 +74,9 @@ def load_images(settings, split=None):
 
 
 def load_held_out(settings):
-    """settings.held_out of the held-out images, evenly spread over the classes, or all of them if there are fewer."""
+    """settings.held_out of the held-out images, evenly spread, or all of them if there are fewer."""
     images = load_images(settings, "test")
-    count = min(settings.held_out, len(images))
-    return images[torch.arange(count) * len(images) // count]
+    return images[ddpm.spread(min(settings.held_out, len(images)), images)]
 
 
 def read_or_train(config, watch=None):
@@ -686,14 +685,16 @@ def nearest(images, others, count):
 def memory(settings):
     """Samples and the training images nearest to them, which would be equal if the network drew from memory.
 
-    The run in runs/<data> is taken, whatever its settings are. Each row on the left is a sample and its five nearest
-    training images. On the right is the loss of the averaged weights on training images and on held-out ones, as in
-    log.csv. The table compares as many samples as images are held out: how far each is from the nearest training image.
-    Held-out images show how far new images are."""
+    Takes the run in runs/<data>, whatever its settings are and even if it is unfinished; trains one if there is none.
+    Each row on the left is a sample and its five nearest training images. On the right is the loss of the averaged
+    weights on training images and on held-out ones, as in log.csv. The table compares as many samples as images are
+    held out, at least ten: how far each is from the nearest training image. Held-out images show how far new images
+    are."""
     figure, axes = make_figure(2, 8, 4.4, width_ratios=(3, 2))
     out = ddpm.preset(settings.data).out
     if (Path(out) / "checkpoint.pt").exists():
         run = ddpm.Run.read(out, settings.device)
+        ddpm.check_named(run.config, {"data": settings.data})
     else:
         run = base_run(settings)
     train, _ = ddpm.load_data(settings.data, run.config.image_size, split="train")

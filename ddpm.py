@@ -1085,7 +1085,7 @@ class Run:
     def find_label(self, label):
         """The number of a class, given by its name or, unless other names are numbers, by its number. Raises ValueError
         if there is no such class."""
-        names = self.classes or []
+        names = [name or NO_FOLDER for name in self.classes or []]
         numbers = [str(i) for i in range(self.model.num_classes)]
         if label in names:
             return names.index(label)
@@ -1093,15 +1093,18 @@ class Run:
             raise ValueError(f"--label must be one of {', '.join(names)}, got {label}")
         if str(label) in numbers:
             return int(label)
-        words = [name for name in names if name and not name.isdecimal()]
+        words = [name for name in names if not name.isdecimal()]
         known = f" or be one of {', '.join(words)}" if words else ""
         raise ValueError(f"--label must lie in 0…{numbers[-1]}{known}, got {label}")
 
     def grid(self, step):
         """Write a grid of samples, with a column for each class (at most 16), named after the training step."""
-        columns = self.model.num_classes and min(self.model.num_classes, MAX_COLUMNS)
-        count = 10 * columns if columns else 64
-        labels = torch.arange(count) % columns if columns else None
+        count = 64
+        columns = labels = None
+        if self.model.num_classes:
+            columns = min(self.model.num_classes, MAX_COLUMNS)
+            count = 10 * columns
+            labels = torch.arange(count) % columns
         seed = derive_seed(self.config.seed, "grid")
         pixels = to_pixels(last(self.trajectory(count, labels, seed)))
         path = Path(self.config.out) / f"samples-{step:06}.png"
@@ -1201,7 +1204,7 @@ def evaluate(run, count, seed=0):
         wants = f"{run.model.image_channels} channels and {run.config.image_size} pixels"
         raise ValueError(f"the network in {run.config.out} wants {wants}, the images of {run.config.data} do not fit")
     count = min(count, len(images))
-    images = images[torch.arange(count, device=images.device) * len(images) // count]  # evenly spread over the classes
+    images = images[spread(count, images)]  # which may be sorted by class
 
     # The terms of all images, in batches of at most 250
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
@@ -1323,7 +1326,6 @@ def load_digits():
 
 # A folder of images
 
-NO_FOLDER = "(no folder)"  # the class of images that lie beside the subfolders
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .pnm .tga .jp2 .avif".split())
 
 
@@ -1338,7 +1340,9 @@ def load_folder(folder, image_size):
     skipped = [path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES]
     if not paths:
         found = f"; it has {len(skipped):,} other files ({suffixes(skipped)})" if skipped else ""
-        raise ValueError(f"no images in {folder}: it needs .png, .jpg or others that can be read{found}")
+        raise ValueError(
+            f"no images in {folder}: it needs .png, .jpg or other image files, in it or in subfolders{found}"
+        )
 
     # Their memory, twice, since the training set is a copy
     size = 2 * len(paths) * 3 * image_size**2
@@ -1364,14 +1368,14 @@ def load_folder(folder, image_size):
     if all((image == image[:1]).all() for image in images):
         images = images[:, :1].clone()  # all are grey
 
-    # The classes; the images that lie in the folder itself are one, too.
-    names = [path.relative_to(folder).parts[0] if path.parent != folder else NO_FOLDER for path in paths]
+    # The classes. With two subfolders or more, the images beside them are one, too, named "".
+    names = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
     classes = sorted(set(names), key=natural_order)
     labels = torch.tensor([classes.index(name) for name in names])
     for label in range(len(classes)):  # a class is never held out as a whole
         if held_out[labels == label].all():
             held_out[labels == label] = False
-    if len(set(classes) - {NO_FOLDER}) < 2:
+    if len(set(classes) - {""}) < 2:
         return Data(images, None, None, held_out, skipped)
     return Data(images, labels, classes, held_out, skipped)
 
@@ -1418,7 +1422,7 @@ def natural_order(name):
 
 def decode_image(path, image_size):
     """An image file as a PIL image, RGB, or RGBA if it may be transparent, turned upright. A large JPEG is reduced as
-    it is decoded, to not less than 4 times image_size. May raise any exception if it is damaged."""
+    it is decoded, to at least 4 × image_size on each side. May raise any exception if it is damaged."""
     with Image.open(path) as file:
         file.draft(None, (4 * image_size, 4 * image_size))
         if file.mode == "F" or (file.mode == "I" and file.format not in ("PNG", "PPM")):
@@ -1431,7 +1435,8 @@ def decode_image(path, image_size):
                 raise ValueError("16-bit TIFF in which 0 is white is not supported")
             image = file.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
         image = ImageOps.exif_transpose(image)
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+        opaque = image.mode in ("1", "L", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
+        return image.convert("RGB" if opaque else "RGBA")
 
 
 def read_image(path, image_size):
@@ -1482,11 +1487,17 @@ def load_training_data(config, device):
 
 
 EXAMPLES = 512
+NO_FOLDER = "(no folder)"  # how the class "" is shown, and named with --label
+
+
+def spread(count, images):
+    """The indices of count images, evenly spread over a data set; repeated if it has fewer."""
+    return torch.arange(count) * len(images) // count
 
 
 def choose_examples(images, labels, device):
     """EXAMPLES images and labels, evenly spread over a data set, and repeated if it has fewer."""
-    chosen = torch.arange(EXAMPLES) * len(images) // EXAMPLES
+    chosen = spread(EXAMPLES, images)
     return images[chosen].to(device), None if labels is None else labels[chosen].to(device)
 
 
@@ -1500,13 +1511,15 @@ def describe_folder(config, data):
     if data.skipped:
         lines[0] += f"; {len(data.skipped):,} other files not read ({suffixes(data.skipped)})"
     if held_out < 10:
-        lines.append("that is too few for ema_loss_held_out in log.csv to show whether the network memorises")
+        lines.append(
+            "fewer than 10 held-out images: ema_loss_held_out in log.csv can't show whether the network memorises"
+        )
     # The classes
     if data.classes and not config.conditional:
-        lines.append("labels: none (because of --no-conditional)")
+        lines.append("labels: not learned (--no-conditional)")
     elif data.classes:
         counts = data.labels.bincount().tolist()
-        named = [f"{i} = {name} ({counts[i]:,})" for i, name in enumerate(data.classes[:20])]
+        named = [f"{i} = {name or NO_FOLDER} ({counts[i]:,})" for i, name in enumerate(data.classes[:20])]
         more = ["…"] if len(data.classes) > 20 else []
         lines.append("labels: " + ", ".join([*named, *more]))
     else:
@@ -1990,8 +2003,8 @@ def leave_processes():
 @contextlib.contextmanager
 def record_signals():
     """Context manager that records the first SIGINT, SIGTERM and SIGHUP (a closed terminal) in a list; a second of
-    the same kind has its usual effect. One that is ignored, as by nohup, stays ignored. Does nothing in other
-    threads than the main one."""
+    the same kind has its usual effect. One that is ignored, as by nohup, stays ignored. Does nothing outside
+    the main thread."""
     received = []
     handlers = {}
     if threading.current_thread() is threading.main_thread():
@@ -2012,12 +2025,12 @@ def record_signals():
             signal.signal(number, handler)
 
 
-def any_process_received(signals, control):
+def any_process_received(signals, cpu_group):
     """Whether record_signals of this process or, with several, of any other has recorded one."""
-    if control is None:
+    if cpu_group is None:
         return len(signals) > 0
     received = torch.tensor(len(signals))
-    dist.all_reduce(received, group=control)
+    dist.all_reduce(received, group=cpu_group)
     return received.item() > 0
 
 
@@ -2112,7 +2125,7 @@ def check_output(out, individual):
 
 
 SHOWN = 1024  # images in samples.png, at most
-MAX_COLUMNS = 16  # classes that have a column of their own in a grid
+MAX_COLUMNS = 16  # a grid has a column for each class, up to this many classes
 
 
 def write_samples(out, images, columns, individual, frames):
@@ -2134,10 +2147,10 @@ def write_samples(out, images, columns, individual, frames):
         paths.append(out / "individual")
         write_folder(paths[-1], save_individually)
 
-    # About 60 of the frames, each for 60 ms or, if they are few, all for 1.5 seconds; the last one for two seconds
+    # About 60 of the frames at 60 ms each; 25 or fewer share 1.5 seconds. The last one stays for two seconds.
     if frames:
+        milliseconds = max(60, 1500 // len(frames))
         chosen = frames[: -1 : math.ceil(len(frames) / 60)]
-        milliseconds = max(60, 1500 // max(1, len(chosen)))
         grids = [make_grid_image(frame, columns) for frame in [*chosen, frames[-1]]]
         paths.append(out / "samples.gif")
         save_gif = functools.partial(
@@ -2564,8 +2577,8 @@ def training_bar(config, first_step):
 
 
 class TrainingLog:
-    """Writes log.csv: means over the steps since the line before. Losses stay on the device until a line is written, so
-    that no step waits for the GPU."""
+    """Writes log.csv: means over the steps since the line before. Prints an estimate of the time, and compared losses.
+    Losses stay on the device until a line is written, so that no step waits for the GPU."""
 
     def __init__(self, config, cpu_group, first_step, device):
         self.config = config
@@ -2613,22 +2626,23 @@ class TrainingLog:
         if seconds > 3600:
             steps = self.done + 3600 * steps_per_second
             smaller = "--image-size 32" if self.config.image_size > 32 else "a smaller --dim"
-            text += f" (in an hour: Ctrl-C, then --train --resume --steps {10 * round(steps / 10)}; or use {smaller})"
+            resume = f"--train --resume --steps {10 * round(steps / 10)} --out {self.config.out}"
+            text += f" (to end in an hour: Ctrl-C, then {resume}; or train anew with {smaller})"
         memory = peak_memory(self.device)
         if memory is not None:
             text += f"; memory {memory:.1f} GiB"
         self.say(text)
 
     def say(self, text):
-        """Print a line above the bar. That stdout was closed, as by head, does not end the training."""
+        """Print a line above the bar. A closed stdout (as with | head) does not end the training."""
         with contextlib.suppress(OSError):
             tqdm.write(text)
 
     @torch.no_grad()
     def compare(self, state, diffusion):
-        """For the next line, the loss of the averaged weights on training images and on held-out ones: 512 of each,
-        with the same t, evenly spread, and the same ε every time. Where it rises on the held-out images and falls on
-        the others, the network memorises its training images."""
+        """For the next line, and printed: the loss of the averaged weights on training images and on held-out ones, 512
+        of each, with the same t, evenly spread, and the same ε every time. Where it rises on the held-out images and
+        falls on the others, the network memorises its training images."""
         with self.pause():
             for i, (images, labels) in enumerate(state.examples):
                 generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "comparison"))
@@ -3232,7 +3246,7 @@ def main(arguments=None):
             run_export(given)
         sys.stdout.flush()
         return
-    except BrokenPipeError:  # stdout was closed, as by head
+    except BrokenPipeError:  # stdout was closed (as with | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (ValueError, OSError) as error:
