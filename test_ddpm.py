@@ -4767,7 +4767,7 @@ def test_two_processes_are_algorithm_1_too(folder, start):
         return outputs[0][0].splitlines()
 
     said = both("--train", *flags({**TINY, **EVERYTHING, "steps": 3, "out": "two", "device": "cpu"}))
-    assert [line.split(" ")[0] for line in said] == ["1,618", "self-attention", "the", "next:"]
+    assert [line.split(" ")[0] for line in said] == ["1,618", "self-attention", "step", "the", "next:"]
     assert_trained_as_algorithm_1(read("two"), "two", processes=2)
 
     # Samples
@@ -6100,7 +6100,10 @@ PUBLIC = dict(
     t_below=(lambda: ddpm.GaussianDiffusion(BETAS).p_sample(predicts_zero, X, -1), "-1"),
     t_too_large=(lambda: ddpm.GaussianDiffusion(BETAS).q_sample(X, T_AND_1 + 999), "0…999, got .*1000"),
     model=(lambda: ddpm.GaussianDiffusion(BETAS).p_sample(lambda x, t: x[:, :, :2], X, 5), r"\(2, 1, 2, 4\)"),
-    model_learned=(lambda: ddpm.GaussianDiffusion(BETAS, "learned_range").p_sample(predicts_zero, X, 5), "2 channels"),
+    model_learned=(
+        lambda: ddpm.GaussianDiffusion(BETAS, "learned_range").p_sample(predicts_zero, X, 5),
+        r"\(2, 2, 4, 4\)",
+    ),
     eta=(lambda: ddpm.GaussianDiffusion(BETAS).ddim_sample(predicts_zero, X, 5, 3, eta=1.2), "1.2"),
     prev_t=(lambda: ddpm.GaussianDiffusion(BETAS).ddim_sample(predicts_zero, X, 5, 5), "prev_t=5"),
     ddim_t=(lambda: ddpm.GaussianDiffusion(BETAS).ddim_sample(predicts_zero, X, 1000, 3), "got 1000"),
