@@ -694,7 +694,8 @@ def memory(settings):
     out = ddpm.preset(settings.data).out
     if (Path(out) / "checkpoint.pt").exists():
         run = ddpm.Run.read(out, settings.device)
-        ddpm.check_named(run.config, {"data": settings.data})
+        if ddpm.resolve(run.config.data) != ddpm.resolve(settings.data):
+            raise ValueError(f"{out} holds a run of {run.config.data}, not of {settings.data}: move it away")
     else:
         run = base_run(settings)
     train, _ = ddpm.load_data(settings.data, run.config.image_size, split="train")
