@@ -331,7 +331,7 @@ def load_images(config, split=None):
 def load_examples(run, count, split=None):
     """count images of a run's dataset, evenly spaced, scaled to [−1, 1], on the run's device."""
     images = load_images(run.config, split)
-    chosen = ddpm.evenly_spaced(count, len(images))
+    chosen = torch.arange(count) * len(images) // count
     return ddpm.to_model(images[chosen]).to(run.device)
 
 
@@ -630,7 +630,7 @@ def reconstruction(settings):
     run = base_run(settings)
     diffusion = run.diffusion
     x_start = load_examples(run, settings.held_out, "test")
-    chosen = ddpm.evenly_spaced(8, len(x_start))
+    chosen = torch.arange(8) * len(x_start) // 8
     shown = [x_start[chosen]]
     rows = []
     for steps in (10, 20, 50, 100, 200, 500, 1000):

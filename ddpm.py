@@ -7,8 +7,8 @@ and stop there, or go on to what runs it:
     6 data   7 configuration   8 devices and files   9 from a run to images   10 published weights   11 command line
 
 Equations, algorithms and sections are the paper's unless another paper is named.
-t is 0…T−1, everywhere: the paper's t minus 1. t = −1 is x_0, where ᾱ = 1. An argument t is int64 (B,), or one int for
-all images. Images are float (B, C, H, W) in [−1, 1].
+t is 0…T−1, everywhere: the paper's t minus 1. t = −1 is x_0, where ᾱ = 1. (The names x_0, x_T and L_0 … L_T keep the
+paper's numbers.) An argument t is int64 (B,), or one int for all images. Images are float (B, C, H, W) in [−1, 1].
 
     python ddpm.py --train         # train on handwritten digits: any machine, a few minutes
     python ddpm.py --sample 64     # draw samples from the trained network; --train --data FOLDER trains on your images
@@ -82,7 +82,7 @@ def sample_noise(like, generator=None, noise=None):
     """Returns noise if it is given, else a sample of N(0, I) shaped like a tensor, on its device, in its dtype.
     generator is a torch.Generator, or a list of them, one for each image."""
     if noise is not None:
-        return noise.view_as(like)  # raises for another shape, which would broadcast
+        return noise.view_as(like)  # raises for another number of values, which would broadcast
     if isinstance(generator, list):
         return torch.stack([sample_noise(x, each) for x, each in zip(like, generator, strict=True)])
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
@@ -141,7 +141,7 @@ class GaussianDiffusion(nn.Module):
         positive_variance = posterior_variance.clone()
         positive_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
 
-        # The coefficients of the formulas below, each indexed by t. Those of Eq. 7 multiply x_0 and x_t.
+        # The coefficients of the formulas below, each indexed by t. posterior_mean_… are the factors of Eq. 7.
         coefficients = dict(
             betas=betas,
             log_betas=betas.log(),
@@ -159,7 +159,7 @@ class GaussianDiffusion(nn.Module):
 
         signal_left = math.sqrt(alphas_cumprod[-1])
         if signal_left > 0.05:
-            message = f"√ᾱ_T = {signal_left:.3f}, so x_T still contains x_0: more or larger betas make it < 0.05"
+            message = f"√ᾱ_{{T−1}} = {signal_left:.3f}, so x_T still contains x_0: more or larger betas make it < 0.05"
             warnings.warn(message, stacklevel=2)
 
     # -- Forward process --
@@ -188,11 +188,12 @@ class GaussianDiffusion(nn.Module):
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         pred_x_start, predicted_noise, v = self.predict(model, x_t, t)
-        loss = (noise - predicted_noise).square().mean()
+        loss = (noise - predicted_noise).square().mean()  # Eq. 14
 
-        # Velocity; Eq. 5; L_hybrid
-        if self.prediction_type == "velocity":  # which is (ε, −x_0) turned by the angle of Eq. 4, and so is its error
+        # A velocity's error: √ᾱ_t (ε − ε_θ) − √(1−ᾱ_t) (x_0 − x̂_0), which Eq. 4 computes
+        if self.prediction_type == "velocity":
             loss = self.q_sample(noise - predicted_noise, t, pred_x_start - x_start).square().mean()
+        # Eq. 5, or L_hybrid
         if self.loss_type == "bound":
             loss = self.timesteps * self.bound_term(x_start, x_t, t, pred_x_start, v).mean()
         elif v is not None:
@@ -217,12 +218,14 @@ class GaussianDiffusion(nn.Module):
         another shape."""
         t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
         prediction = model(x_t, t).to(x_t.dtype)
+        channels = x_t.shape[1] * (2 if self.variance_type == "learned_range" else 1)
+        wanted = (len(x_t), channels, *x_t.shape[2:])
+        if prediction.shape != wanted:
+            with_variance = f"with variance={self.variance_type} and x_t {tuple(x_t.shape)}"
+            raise ValueError(f"{with_variance} the model must return {wanted}, got {tuple(prediction.shape)}")
         v = None
         if self.variance_type == "learned_range":
             prediction, v = prediction.chunk(2, dim=1)
-        if prediction.shape != x_t.shape:
-            wanted = f"with variance={self.variance_type} the model must return a prediction of {tuple(x_t.shape)}"
-            raise ValueError(f"{wanted}, got {tuple(prediction.shape)}")
 
         predicted_noise = prediction
         if self.prediction_type == "noise":
@@ -237,9 +240,9 @@ class GaussianDiffusion(nn.Module):
 
     def p_posterior(self, pred_x_start, x_t, t, v=None):
         """Returns mean, variance and log variance of p_θ(x_{t−1}|x_t) for a given x̂_0. The mean is μ_θ = μ̃_t(x_t, x̂_0)
-        (Eq. 11); with Eq. 15 this is Algorithm 2's (x_t − β_t/√(1−ᾱ_t) ε_θ) / √α_t."""
+        (Eq. 11). fixed_small is β̃_t, as q_posterior returns it."""
         mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # Eq. 11, and β̃_t
-        if self.variance_type == "fixed_large":  # at t = 0 the authors' code has log β̃_1, for a smaller L_0
+        if self.variance_type == "fixed_large":  # the authors' code has log β̃_1 at t = 0, which lowers L_0
             variance = extract(self.betas, t, x_t)
             log_variance = extract(self.log_betas, t, x_t)
         elif self.variance_type == "learned_range":
@@ -256,7 +259,8 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def p_sample(self, model, x_t, t, clip_denoised=True, noise=None, generator=None):
-        """One step of Algorithm 2: x_{t−1} = μ_θ(x_t, t) + σ_t z with z ~ N(0, I), but z = 0 at t = 0."""
+        """One step of Algorithm 2: x_{t−1} = μ_θ(x_t, t) + σ_t z with z ~ N(0, I), but z = 0 at t = 0. If x̂_0 is not
+        clamped, μ_θ is exactly (x_t − β_t/√(1−ᾱ_t) ε_θ) / √α_t (Eq. 11)."""
         mean, variance, _, _ = self.p_mean_variance(model, x_t, t, clip_denoised)
         z = sample_noise(x_t, generator, noise) * extract(self.t_is_positive, t, x_t)
         return mean + variance.sqrt() * z
@@ -276,8 +280,8 @@ class GaussianDiffusion(nn.Module):
     # -- Variational bound and score --
     def bound_term(self, x_start, x_t, t, pred_x_start, v=None):
         """The term of Eq. 5 at t, estimated from x_t and the prediction for it, in bits/dim (B,): at t = 0
-        L_0 = −log p_θ(x_0|x_1) (Eq. 13), else L_{t−1} = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), which Eq. 8 to 10
-        rewrite for a fixed σ_t². A loss must not clamp x̂_0: no gradient flows through the clamp."""
+        L_0 = −log p_θ(x_0|x_1) (Eq. 13), else L_t, the paper's L_{t−1} = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)),
+        which Eq. 8 to 10 rewrite for a fixed σ_t². A loss must not clamp x̂_0: no gradient flows through the clamp."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         mean, _, log_variance = self.p_posterior(pred_x_start, x_t, t, v)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
@@ -288,7 +292,7 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def bits_per_dim(self, model, x_start, clip_denoised=True, generator=None):
         """The bound on −log₂ p_θ(x_0) (Eq. 3) in bits/dim, term by term (Eq. 5, 13), with one sample of ε for each t.
-        Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), whose column i is t = i + 1, and
+        Returns a dict: "total" (B,) is the sum of "L_T" (B,), "L_{t-1}" (B, T−1), its columns L_1 to L_{T−1}, and
         "L_0" (B,); "squared_error" (B, T) of x̂_0 is on the [−1, 1] scale: 127.5 times its root is Fig. 5's RMSE.
         x_start holds 8-bit pixels scaled to [−1, 1]; L_0 is meaningless for other data."""
         terms = []
@@ -466,7 +470,7 @@ def classifier_free_guidance(model, labels, scale):
 
     labels is int64 (B,). model(x_t, t, y) takes y = model.num_classes for "no label"; with and without labels run as
     one batch. w = 0 is conditional sampling without guidance, w = −1 unconditional sampling. Velocities mix in the same
-    way; a learned variance is that predicted with labels."""
+    way; a learned variance is that of the prediction with labels."""
 
     def guided(x_t, t):
         if scale == 0:
@@ -574,7 +578,7 @@ class Upsample(nn.Module):
 
 class Level(nn.Module):
     """The layers of one resolution: a residual block for each number in in_channels, each followed by attention or by
-    nothing. UNet appends at most one layer that changes the size, and calls them. Their names are diffusers'."""
+    nothing. UNet adds the layer that changes the size, if there is one, and runs them. The names are diffusers'."""
 
     def __init__(self, in_channels, out_channels, time_dim, dropout, groups, attention):
         super().__init__()
@@ -590,9 +594,9 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
 
-    Norms have up to 32 groups as in the paper if dim ≥ 128; smaller networks have up to dim/16, because smaller groups
-    are slow on a CPU. Raises ValueError unless image_size is a multiple of 2^(number of levels − 1) and there is a
-    residual block; forward raises it unless x, t and y have the same length, and for labels without num_classes."""
+    Norms have up to 32 groups as in the paper if dim ≥ 128; smaller networks have up to dim/16, because many small
+    groups are slow on a CPU. Raises ValueError unless image_size is a multiple of 2^(number of levels − 1) and
+    num_res_blocks above 0; forward, unless x, t and y have the same length, and for labels without num_classes."""
 
     def __init__(
         self,
@@ -725,7 +729,7 @@ def train(config, checkpoint=None, watch=None):
 
     # The state of an earlier run
     first_step = 0
-    rows = [LOG_HEADER]
+    rows = ["step,loss,gradient_norm,learning_rate,images_per_second,ema_loss,ema_loss_held_out\n"]
     if checkpoint is not None:
         if checkpoint["classes"] != classes:
             raise ValueError(f"{config.data} has the classes {classes}, the run {config.out} {checkpoint['classes']}")
@@ -735,9 +739,9 @@ def train(config, checkpoint=None, watch=None):
         first_step = checkpoint["step"]
         rows = checkpoint["log"]
     if first_step >= config.steps:
-        raise ValueError(f"{config.out} has its {first_step:,} steps: train on with --steps N, N being larger")
+        raise ValueError(f"{config.out} was trained for {first_step:,} steps: give --steps a larger number")
 
-    # The network as it is called, and the run's folder
+    # The network as the loop calls it, and the run's folder
     network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     network = maybe_compile(config, device, network)
     out = None
@@ -764,7 +768,7 @@ def train(config, checkpoint=None, watch=None):
             if classes:  # some labels are hidden, so that the network learns ε_θ(x_t) too, which guidance needs
                 hidden = torch.rand(len(chosen), device=device) < config.label_dropout
                 y = labels[chosen].masked_fill(hidden, len(classes))
-            t = torch.randint(diffusion.timesteps, (len(chosen),), device=device)              # t ~ Uniform({1, …, T})
+            t = torch.randint(diffusion.timesteps, (len(chosen),), device=device)              # t ~ Uniform({0…T−1})
             noise = torch.randn_like(x_start)                                                  # ε ~ N(0, I)
             with autocast(config, device):
                 loss = diffusion.p_losses(functools.partial(network, y=y), x_start, t, noise)
@@ -799,15 +803,14 @@ def train(config, checkpoint=None, watch=None):
             speed = len(history) * config.batch_size / (time.perf_counter() - since)
             bar.set_postfix(loss=f"{mean_loss:.4f}")
             if rank == 0:
-                row = f"{done},{mean_loss:.6f},{mean_norm:.4f},{learning_rate(config, step):.3g},{speed:.0f},,\n"
+                compared = ","
                 if draw and len(held_out[0]):
                     seen, unseen = [ema_loss(config, diffusion, ema, *part) for part in (training_set, held_out)]
-                    row = row.replace(",,", f",{seen:.6f},{unseen:.6f}")
+                    compared = f"{seen:.6f},{unseen:.6f}"
                     bar.write(f"step {done:,}: EMA loss {seen:.6f} on training images, {unseen:.6f} on held-out images")
-                rows.append(row)
-                with contextlib.suppress(
-                    PermissionError
-                ):  # as while a spreadsheet locks it; the next row comes with it
+                lr = learning_rate(config, step)
+                rows.append(f"{done},{mean_loss:.6f},{mean_norm:.4f},{lr:.3g},{speed:.0f},{compared}\n")
+                with contextlib.suppress(PermissionError):  # a spreadsheet may lock it; the next row rewrites all
                     (out / "log.csv").write_text("".join(rows))
 
             # Checkpoint, samples
@@ -829,9 +832,6 @@ def train(config, checkpoint=None, watch=None):
         resume = f"python ddpm.py --train --resume --out={shlex.quote(str(out))}"
         raise KeyboardInterrupt(f"stopped after step {done:,}, which {out}/checkpoint.pt holds; go on with: {resume}")
     return out
-
-
-LOG_HEADER = "step,loss,gradient_norm,learning_rate,images_per_second,ema_loss,ema_loss_held_out\n"
 
 
 def learning_rate(config, step):
@@ -857,7 +857,7 @@ def ema_loss(config, diffusion, ema, images, labels):
     """The loss of the averaged weights on 512 images, evenly spaced over a dataset and repeated if it has fewer, with
     the same evenly spaced t and the same ε every time. Where it rises on held-out images and falls on training images,
     the network memorises."""
-    chosen = evenly_spaced(512, len(images))
+    chosen = torch.arange(512) * len(images) // 512
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "comparison"))
     timesteps = torch.randperm(len(chosen), generator=generator) * diffusion.timesteps // len(chosen)
     losses = []
@@ -867,8 +867,8 @@ def ema_loss(config, diffusion, ema, images, labels):
         y = labels[indices] if ema.num_classes else None
         with autocast(config, x_start.device):
             loss = diffusion.p_losses(functools.partial(ema, y=y), x_start, t.to(x_start.device), noise)
-        losses.append(len(t) / len(chosen) * loss.item())
-    return sum(losses)
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
 
 
 # ======================================================================================================================
@@ -889,8 +889,7 @@ def load_data(name_or_folder, image_size=32, split=None):
     they are not there. Anything else is a folder of images, resized and cropped to image_size, whose subfolders are the
     classes, in natural order (2 before 10). split="test" is what training does not see: torchvision's test set, every
     tenth of the digits, and those images of a folder whose file has a CRC-32 divisible by ten, unless that is a whole
-    class. "train" is the rest; None is everything. Raises ValueError for a folder that does not exist or has no images,
-    an unreadable image, a failed download."""
+    class. "train" is the rest; None is everything. Raises ValueError where there is nothing to read."""
     images, labels, classes, held_out = read_data(name_or_folder, image_size)
     chosen = {None: slice(None), "train": ~held_out, "test": held_out}[split]
     return images[chosen], labels[chosen] if classes else None
@@ -943,7 +942,7 @@ def load_folder(folder, image_size):
     names = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     names = [name for name in names if runs.isdisjoint(Path(name).parents)]
     if not names:
-        raise ValueError(f"no images in {folder}: it needs {' '.join(sorted(IMAGE_SUFFIXES))} files, or has runs alone")
+        raise ValueError(f"no images in {folder}: it needs {' '.join(sorted(IMAGE_SUFFIXES))} files; runs are skipped")
 
     images = torch.empty((len(names), 3, image_size, image_size), dtype=torch.uint8)
     held_out = torch.empty(len(names), dtype=torch.bool)
@@ -957,7 +956,7 @@ def load_folder(folder, image_size):
     if (images == images[:, :1]).all():
         images = images[:, :1].clone()  # all are grey
 
-    # The classes: with two subfolders or more, the images beside them are one, too.
+    # Images beside at least two subfolders are a class of their own.
     parts = [Path(name).parts for name in names]
     subfolders = [part[0] if len(part) > 1 else "(no folder)" for part in parts]
     classes = sorted(set(subfolders), key=natural_order)
@@ -965,8 +964,9 @@ def load_folder(folder, image_size):
     for label in range(len(classes)):  # a class is never held out as a whole
         if held_out[labels == label].all():
             held_out[labels == label] = False
-    enough = len(set(classes) - {"(no folder)"}) > 1
-    return images, labels, classes if enough else None, held_out
+    if len(set(classes) - {"(no folder)"}) < 2:
+        classes = None
+    return images, labels, classes, held_out
 
 
 def natural_order(name):
@@ -1010,11 +1010,6 @@ def load_training_data(config, device):
     return training_set, held_out_set, classes
 
 
-def evenly_spaced(count, total):
-    """The indices of count items, evenly spaced over total ones, which may be sorted by class."""
-    return torch.arange(count) * total // count
-
-
 def image_to_pixels(image):
     """A PIL image, grey or RGB, as uint8 (C, H, W)."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
@@ -1052,7 +1047,7 @@ def option(default, help, **arguments):
 
 
 def positive_int(text):
-    """The type of an option that is a number of something."""
+    """The argparse type of an int of at least 1."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -1089,9 +1084,7 @@ class Config:
     batch_size: int = option(128, "images per step, over all processes together", type=positive_int)
     lr: float = option(3e-3, "Adam's learning rate")
     warmup: int = option(50, "steps over which the learning rate rises linearly")
-    lr_decay: str = option(
-        "linear", "the learning rate after the warm-up, to 0 if linear", choices=("constant", "linear")
-    )
+    lr_decay: str = option("linear", "after the warm-up; linear falls to 0", choices=("constant", "linear"))
     grad_clip: float = option(1.0, "the gradient's norm is clipped at this value; 0 does not clip")
     ema_decay: float = option(0.9999, "decay of the averaged weights; at step n at most (1 + n)/(10 + n)")
     flip: bool = option(False, "mirror half of the images left to right")
@@ -1103,12 +1096,8 @@ class Config:
     checkpoint_every: int = option(500, "steps between two checkpoints", type=positive_int)
 
     # Machine and folder; None is decided when the run starts
-    bf16: bool = option(
-        None, "compute in bfloat16; None: where the processor supports it", action=argparse.BooleanOptionalAction
-    )
-    compile: bool = option(
-        None, "torch.compile the network; None: on CUDA with Triton", action=argparse.BooleanOptionalAction
-    )
+    bf16: bool = option(None, "bfloat16; None: if the processor supports it", action=argparse.BooleanOptionalAction)
+    compile: bool = option(None, "torch.compile; None: on CUDA with Triton", action=argparse.BooleanOptionalAction)
     device: str = option(None, "cuda, cuda:1 (the second), mps or cpu; None: the first one available")
     out: str = option(None, "the run's folder; None: a new one in runs/")
 
@@ -1118,33 +1107,11 @@ class Config:
 
 
 # The paper's appendix B for CIFAR-10, and settings for other datasets; Config's defaults are those of the digits.
-PAPER = dict(
-    image_size=32,
-    dim=128,
-    dim_mults=(1, 2, 2, 2),
-    num_res_blocks=2,
-    attn_resolutions=(16,),
-    dropout=0.1,
-    conditional=False,
-    steps=800_000,
-    lr=2e-4,
-    warmup=5000,
-    lr_decay="constant",
-    flip=True,
-    sample_every=10_000,
-    checkpoint_every=5000,
-)
-GPU = dict(
-    PAPER,
-    conditional=True,
-    schedule="cosine",
-    prediction="velocity",
-    flip=False,
-    steps=50_000,
-    warmup=500,
-    sample_every=1000,
-    checkpoint_every=1000,
-)
+PAPER = dict(image_size=32, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,), dropout=0.1)
+PAPER.update(conditional=False, flip=True, steps=800_000, lr=2e-4, warmup=5000, lr_decay="constant")
+PAPER.update(sample_every=10_000, checkpoint_every=5000)
+GPU = dict(PAPER, conditional=True, flip=False, schedule="cosine", prediction="velocity")
+GPU.update(steps=50_000, warmup=500, sample_every=1000, checkpoint_every=1000)
 SMALL = dict(dim=16, schedule="cosine", prediction="velocity", batch_size=32, warmup=200, sample_every=1000)
 GREY_28 = dict(SMALL, image_size=28, dim_mults=(1, 2, 4), attn_resolutions=(7,), steps=3000, lr=2e-3)
 FOLDER = dict(SMALL, image_size=32, dim_mults=(1, 2, 4, 8), attn_resolutions=(8,), steps=7000, lr=1e-3)
@@ -1161,7 +1128,7 @@ def preset(data, name=None, **changes):
 
 
 def build_diffusion(config):
-    """The diffusion of a Config. The linear schedule's ends are scaled by 1000/T, so that x_T is noise for every T."""
+    """The diffusion of a Config. The linear schedule's ends are scaled by 1000/T, so that x_T is noise for T > 1."""
     betas = cosine_beta_schedule(config.timesteps)
     if config.schedule == "linear":
         scale = 1000 / config.timesteps
@@ -1170,18 +1137,12 @@ def build_diffusion(config):
 
 
 def build_network(config, image_channels, classes):
-    """The network of a Config, for images with so many channels and a list of classes or None."""
-    return UNet(
-        image_channels,
-        config.dim,
-        config.dim_mults,
-        config.num_res_blocks,
-        config.attn_resolutions,
-        config.image_size,
-        config.dropout,
-        num_classes=len(classes) if classes else None,
-        learned_variance=config.variance == "learned_range",
-    )
+    """The network of a Config; classes is a list of names or None."""
+    names = ("dim", "dim_mults", "num_res_blocks", "attn_resolutions", "image_size", "dropout")
+    settings = {name: getattr(config, name) for name in names}
+    num_classes = len(classes) if classes else None
+    learned_variance = config.variance == "learned_range"
+    return UNet(image_channels, **settings, num_classes=num_classes, learned_variance=learned_variance)
 
 
 # ---- 8. Devices and files --------------------------------------------------------------------------------------------
@@ -1227,7 +1188,7 @@ def maybe_compile(config, device, network):
 
     if config.compile is False or (config.compile is None and not (device.type == "cuda" and has_triton())):
         return network
-    # Among several GPUs gradients are exchanged during the backward pass, which a graph can't do.
+    # DistributedDataParallel exchanges gradients during the backward pass, which a CUDA graph can't capture.
     distributed = isinstance(network, nn.parallel.DistributedDataParallel)
     return torch.compile(network, mode="default" if distributed else "reduce-overhead", dynamic=False)
 
@@ -1307,7 +1268,7 @@ def newest_run():
 
 
 def save_atomically(state, path):
-    """Write a checkpoint to a temporary file and rename it, so that path is always a whole one, the old or the new."""
+    """Write a checkpoint to a temporary file and rename it, so that path always holds a complete one."""
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as file:
         torch.save(state, file)
@@ -1371,7 +1332,7 @@ class Run:
         return cls(config, checkpoint["network"], build_diffusion(config), checkpoint["classes"]).ready()
 
     def ready(self):
-        """Moves the network to the device of the Config and, if that says so, compiles it. Returns the run."""
+        """Returns a run with the network on the device of the Config and, if that says so, compiled."""
         device = pick_device(self.config.device)
         model = self.model.to(device, memory_format=torch.channels_last).eval()
         return Run(self.config, maybe_compile(self.config, device, model), self.diffusion.to(device), self.classes)
@@ -1384,7 +1345,8 @@ class Run:
     def trajectory(self, count, labels=None, seed=0, sampler="dpm-solver", sampling_steps=None, eta=0.0, guidance=0.0):
         """Returns an iterator that yields count images after each sampling step, at last x_0. All noise of image i
         is drawn from seed + i, so that an image does not depend on the others. labels is (count,) or None.
-        sampling_steps is S (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T)."""
+        sampling_steps is S (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T, fewer by
+        respace)."""
         generators = [torch.Generator(self.device).manual_seed(seed + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
         x_t = sample_noise(self.diffusion.betas.new_empty(shape), generators)
@@ -1411,8 +1373,8 @@ class Run:
         return diffusion.dpm_solver_sample_steps(model, x_t, sampling_steps)
 
     def labels(self, count, label=None):
-        """(count,) labels: every class in turn, or the one of the given name or, unless names are numbers, number. None
-        for a network without labels. Raises ValueError if there is no such class."""
+        """(count,) labels: every class in turn, or the one of the given name or, unless names are numbers, number; None
+        without labels. Raises ValueError if there is no such class."""
         if label is None:
             return torch.arange(count) % self.model.num_classes if self.model.num_classes else None
         known = {name: i for i, name in enumerate(self.classes or [])}
@@ -1474,8 +1436,8 @@ def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, i
                 pixels_to_image(pixels).save(folder / f"{number:05}.png")
 
     # Images of an earlier call go; the grid has a column for each class, unless there are many.
-    for path in folder.glob("[0-9]*.png") if individual else []:
-        if int(path.stem) >= count:
+    for path in folder.glob("*.png") if individual else []:
+        if path.stem.isdecimal() and int(path.stem) >= count:
             path.unlink(missing_ok=True)
     columns = None
     if labels is not None and label is None and run.model.num_classes <= MAX_COLUMNS:
@@ -1501,7 +1463,11 @@ def evaluate(run, count, seed=0):
     images, _ = load_data(run.config.data, run.config.image_size, split="test")
     if not len(images):
         raise ValueError(f"no image of {run.config.data} is held out from training: it has too few")
-    images = images[evenly_spaced(min(count, len(images)), len(images))]
+    shape = (run.model.image_channels, run.config.image_size, run.config.image_size)
+    if images.shape[1:] != shape:
+        raise ValueError(f"{run.config.data} has images of {tuple(images.shape[1:])}, the network needs {shape}")
+    count = min(count, len(images))
+    images = images[torch.arange(count) * len(images) // count]  # evenly spaced, since they may be sorted by class
 
     # The terms of all images, in batches of at most 250
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
@@ -1523,11 +1489,11 @@ def evaluate(run, count, seed=0):
 
 
 # ---- 10. Published weights -------------------------------------------------------------------------------------------
-# diffusers, an optional package, reads and writes its own format. Here stands what it calls the parts of UNet and
+# diffusers, an optional package, reads and writes its own format; this section maps its names to those of UNet and
 # GaussianDiffusion.
 
 PREDICTION_TYPES = dict(epsilon="noise", v_prediction="velocity")
-CLAMP = dict(clip_sample=True, clip_sample_range=1.0, thresholding=False)  # that of the samplers here
+CLAMP = dict(clip_sample=True, clip_sample_range=1.0, thresholding=False)  # the clamp that the samplers here apply
 
 
 def describe_network(network, image_size):
@@ -1555,8 +1521,8 @@ def describe_network(network, image_size):
 
 @torch.no_grad()
 def copy_weights(source, target, network, published, image_size):
-    """Copies the weights between a UNet and a UNet2DModel, in which v is 2v − 1. Raises ValueError with the fields of
-    config.json that differ, unless both are the same function, which a random input shows."""
+    """Copies the weights between a UNet and a UNet2DModel, in which v is 2v − 1. Raises ValueError, naming the fields
+    of config.json that differ, unless both then return the same for a random input."""
     weights = {name: weight.clone() for name, weight in source.state_dict().items()}
     v_weight = weights["conv_out.weight"][network.image_channels :]
     v_bias = weights["conv_out.bias"][network.image_channels :]
@@ -1587,14 +1553,15 @@ def copy_weights(source, target, network, published, image_size):
 def read_published(folder, out=None, **machine):
     """The run of published weights: a folder of DDPMPipeline or of UNet2DModel, with the betas, prediction and variance
     of the scheduler in it or beside it (default: the paper's). machine: device, bf16, compile. Raises ValueError for
-    what UNet or GaussianDiffusion can't be, naming it."""
+    settings that UNet or GaussianDiffusion does not support. The last class is taken for "no label"."""
     import diffusers
 
     folder = Path(folder)
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     plain = [*place.glob("*model.safetensors*"), *place.glob("*model.bin*")]
     variant = None if plain else "fp16"
-    published = diffusers.UNet2DModel.from_pretrained(place, variant=variant, low_cpu_mem_usage=False).eval()
+    how = dict(variant=variant, low_cpu_mem_usage=False, local_files_only=True)
+    published = diffusers.UNet2DModel.from_pretrained(place, **how).eval()
 
     # The network
     shape = published.config
@@ -1722,12 +1689,14 @@ def parse(arguments):
         add("--sampling-batch", dest="batch_size", type=positive_int, default=64, help="images drawn at once")
         add("--individual", action="store_true", help="also write every image as a PNG of its own")
         add("--animate", action="store_true", help="also write the reverse process as a GIF")
+    arguments = ["--help"] if {"-h", "--help"} & flags else arguments  # argparse would ask for N first
     options = vars(parser.parse_args(arguments))
-    return mode, {name: value for name, value in options.items() if name not in (*MODES, "preset") or name == mode}
+    unused = {*MODES, "preset"} - {mode}
+    return mode, {name: value for name, value in options.items() if name not in unused}
 
 
 def run_mode(mode, options):
-    """Do what a command line says."""
+    """Run a parsed command line."""
     value = options.pop(mode)
     out = options.pop("out", None)
     if mode == "train":
@@ -1757,7 +1726,7 @@ def run_mode(mode, options):
 
 
 def main(arguments=None):
-    """Run a command line. An error that a user can mend ends it with one line and status 2, an interruption: 130."""
+    """Run a command line. A user's error ends with one line and status 2, an interruption with status 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without β shows ?
     keep_freed_memory()
