@@ -1062,7 +1062,7 @@ class Config:
 
     # Network
     image_size: int = option(8, "height and width; images of a folder are resized and cropped to it", type=positive_int)
-    dim: int = option(32, "channels at full resolution, a multiple of 4", type=positive_int)
+    dim: int = option(16, "channels at full resolution, a multiple of 4", type=positive_int)
     dim_mults: tuple = option((1, 2), "channels of each level, in multiples of dim; each level halves the size")
     num_res_blocks: int = option(1, "residual blocks per level", type=positive_int)
     attn_resolutions: tuple = option((4,), "image sizes at which there is self-attention")
@@ -1080,9 +1080,9 @@ class Config:
     loss: str = option("simple", "Eq. 14, or the bound of Eq. 5", choices=LOSSES)
 
     # Optimisation
-    steps: int = option(1200, "training steps", type=positive_int)
+    steps: int = option(1500, "training steps", type=positive_int)
     batch_size: int = option(128, "images per step, over all processes together", type=positive_int)
-    lr: float = option(3e-3, "Adam's learning rate")
+    lr: float = option(5e-3, "Adam's learning rate")
     warmup: int = option(50, "steps over which the learning rate rises linearly")
     lr_decay: str = option("linear", "after the warm-up; linear falls to 0", choices=("constant", "linear"))
     grad_clip: float = option(1.0, "the gradient's norm is clipped at this value; 0 does not clip")
@@ -1112,7 +1112,7 @@ PAPER.update(conditional=False, flip=True, steps=800_000, lr=2e-4, warmup=5000, 
 PAPER.update(sample_every=10_000, checkpoint_every=5000)
 GPU = dict(PAPER, conditional=True, flip=False, schedule="cosine", prediction="velocity")
 GPU.update(steps=50_000, warmup=500, sample_every=1000, checkpoint_every=1000)
-SMALL = dict(dim=16, schedule="cosine", prediction="velocity", batch_size=32, warmup=200, sample_every=1000)
+SMALL = dict(schedule="cosine", prediction="velocity", batch_size=32, warmup=200, sample_every=1000)
 GREY_28 = dict(SMALL, image_size=28, dim_mults=(1, 2, 4), attn_resolutions=(7,), steps=3000, lr=2e-3)
 FOLDER = dict(SMALL, image_size=32, dim_mults=(1, 2, 4, 8), attn_resolutions=(8,), steps=7000, lr=1e-3)
 PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, folder=FOLDER, gpu=GPU)
@@ -1169,9 +1169,8 @@ def pick_device(name=None):
 
 
 def autocast(config, device):
-    """A context manager for bfloat16, if config.bf16 says so (default: where the processor supports it natively). It
-    does not cost quality; a CPU with such instructions trains the digits 1.3 times as fast, the paper's network 1.5
-    times."""
+    """A context manager for bfloat16, if config.bf16 says so (default: where the processor supports it natively). A CPU
+    with such instructions trains the paper's network 1.6 times as fast; on small networks they gain nothing."""
     enabled = config.bf16
     if enabled is None and device.type == "cuda":
         enabled = torch.cuda.is_bf16_supported(including_emulation=False)
