@@ -2951,7 +2951,6 @@ WAYS = {
     "--sample 9 --sampler ddim --sampling-steps 5 --eta 0.7": dict(count=9, sampler="ddim", steps=5, eta=0.7),
     "--sample 3 --sampler ddpm --sampling-batch 2": dict(count=3, batch=2, sampler="ddpm"),
     "--sample 5 --sampler ddpm --sampling-steps 7": dict(count=5, sampler="ddpm", steps=7),
-    "--sample 5 --label 3 --guidance -0.5": dict(count=5, label=3, w=-0.5),
 }
 
 
@@ -3014,11 +3013,12 @@ def test_classes_are_chosen_by_name_or_number(folder):
     assert images["numbers", "1"] != images["numbers", "7"]
 
 
-def test_fewer_than_ten_timesteps_are_sampled_by_default(folder):
-    """The default number of sampling steps is at most T."""
-    assert cli(f"{TINY} --timesteps 4") == 0
-    for sampler in ddpm.SAMPLERS:
-        assert cli(f"--sample 2 --sampler {sampler}") == 0
+def test_the_default_number_of_sampling_steps(folder):
+    """10 for DPM-Solver++, 50 for DDIM, T for Algorithm 2, and T if that is less."""
+    for timesteps, want in ((4, [4, 4, 4]), (60, [10, 50, 60])):
+        assert cli(f"{TINY} --timesteps {timesteps} --out run{timesteps}") == 0
+        run = ddpm.Run.read(f"run{timesteps}", device="cpu")
+        assert [len(list(run.trajectory(1, sampler=each))) for each in ddpm.SAMPLERS] == want
 
 
 @pytest.mark.parametrize("line, count", [("", 100), ("--bf16", 30), ("--no-conditional", 2), (MNIST, 260)])
