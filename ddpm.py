@@ -113,14 +113,14 @@ class GaussianDiffusion(nn.Module):
     loss: "simple" is Eq. 14; "bound" is Eq. 5.
     dtype is that of the coefficients, which are computed in float64. They are buffers outside the state dict.
 
-    Raises ValueError unless 0 < β_t < 1, and for an unknown option. Warns if √ᾱ_{T−1} > 0.05: x_T then still contains
-    x_0, so that sampling from N(0, I) starts from the wrong distribution."""
+    Raises ValueError unless 0 < β_t < 1 and dtype is a float type, and for an unknown option. Warns if √ᾱ_{T−1} > 0.05:
+    x_T then still contains x_0, so that sampling from N(0, I) starts from the wrong distribution."""
 
     def __init__(self, betas, variance="fixed_large", loss="simple", dtype=torch.float32, prediction="noise"):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f"betas must lie strictly between 0 and 1, got {betas.min():g}…{betas.max():g}")
+        if not ((betas > 0) & (betas < 1)).all() or not dtype.is_floating_point:
+            raise ValueError(f"betas must lie between 0 and 1 as floats, got {betas.min():g}…{betas.max():g}, {dtype}")
         options = dict(variance=(variance, VARIANCES), loss=(loss, LOSSES), prediction=(prediction, PREDICTIONS))
         for name, (value, choices) in options.items():
             if value not in choices:

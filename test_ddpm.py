@@ -241,13 +241,13 @@ def test_a_schedule_that_leaves_signal_in_x_T_warns_with_the_number():
 
 
 WRONG_BETAS = [[0.0, 0.9], [0.5, 1.0], [-0.1, 0.99], [math.nan, 0.99]]
-WRONG_OPTIONS = [dict(variance="fixed"), dict(loss="mse"), dict(prediction="x_start")]
+WRONG_OPTIONS = [dict(variance="fixed"), dict(loss="mse"), dict(prediction="x_start"), dict(dtype=torch.int32)]
 
 
 @pytest.mark.parametrize("options", [*(dict(betas=betas) for betas in WRONG_BETAS), *WRONG_OPTIONS], ids=str)
 def test_wrong_betas_and_options_are_refused(options):
     """β_t = 0 adds no noise, so that Eq. 7 divides by 1 − ᾱ_0 = 0; β_t = 1 leaves no image."""
-    wanted = "between 0 and 1" if "betas" in options else f"got {[*options.values()][0]!r}"
+    wanted = "between 0 and 1" if "betas" in options else f"{[*options.values()][0]!r}"
     with pytest.raises(ValueError, match=wanted):
         single(**options)
 
