@@ -1519,9 +1519,10 @@ def describe_network(network, image_size):
 
 
 @torch.no_grad()
-def copy_weights(source, target, network, published, image_size):
+def copy_weights(source, target, image_size):
     """Copies the weights between a UNet and a UNet2DModel, in which v is 2v − 1. Raises ValueError, naming the fields
     of config.json that differ, unless both then return the same for a random input."""
+    network, published = (source, target) if isinstance(source, UNet) else (target, source)
     weights = {name: weight.clone() for name, weight in source.state_dict().items()}
     v_weight = weights["conv_out.weight"][network.image_channels :]
     v_bias = weights["conv_out.bias"][network.image_channels :]
@@ -1559,8 +1560,8 @@ def read_published(folder, out=None, **machine):
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     plain = [*place.glob("*model.safetensors*"), *place.glob("*model.bin*")]
     variant = None if plain else "fp16"
-    how = dict(variant=variant, low_cpu_mem_usage=False, local_files_only=True)
-    published = diffusers.UNet2DModel.from_pretrained(place, **how).eval()
+    options = dict(variant=variant, low_cpu_mem_usage=False, local_files_only=True)
+    published = diffusers.UNet2DModel.from_pretrained(place, **options).eval()
 
     # The network
     shape = published.config
@@ -1580,19 +1581,19 @@ def read_published(folder, out=None, **machine):
         num_classes=shape.num_class_embeds and shape.num_class_embeds - 1,
         learned_variance=shape.out_channels == 2 * shape.in_channels,
     ).eval()
-    copy_weights(published, network, network, published, sizes[0])
+    copy_weights(published, network, sizes[0])
 
     # The diffusion
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
     for place in (folder.parent / "scheduler", folder / "scheduler", folder):
         if (place / "scheduler_config.json").exists():
             scheduler = diffusers.DDPMScheduler.from_pretrained(place)
-    settings = scheduler.config
-    wrong = [f"{name}={settings[name]}" for name, value in CLAMP.items() if settings[name] != value]
+    how = scheduler.config
+    wrong = [f"{name}={how[name]}" for name, value in CLAMP.items() if how[name] != value]
     if wrong:
-        raise ValueError(f"{place} clamps differently: {', '.join(wrong)}")
-    prediction = PREDICTION_TYPES.get(settings.prediction_type, settings.prediction_type)
-    settings = dict(variance=settings.variance_type.removesuffix("_log"), prediction=prediction)
+        raise ValueError(f"the scheduler of {folder} clamps differently: {', '.join(wrong)}")
+    prediction = PREDICTION_TYPES.get(how.prediction_type, how.prediction_type)
+    settings = dict(variance=how.variance_type.removesuffix("_log"), prediction=prediction)
     diffusion = GaussianDiffusion(scheduler.betas, **settings)
     out = out or f"runs/{folder.resolve().name}"
     config = preset("cifar10", **settings, timesteps=len(scheduler.betas), image_size=sizes[0], out=out, **machine)
@@ -1610,7 +1611,7 @@ def export(out, folder):
     config = checkpoint["config"]
     network = checkpoint["network"]
     published = diffusers.UNet2DModel(**describe_network(network, config.image_size), dropout=config.dropout).eval()
-    copy_weights(network, published, network, published, config.image_size)
+    copy_weights(network, published, config.image_size)
     scheduler = diffusers.DDPMScheduler(
         num_train_timesteps=config.timesteps,
         trained_betas=build_diffusion(config).betas.tolist(),
@@ -1649,7 +1650,7 @@ def parse(arguments):
     new_run = mode == "train" and "--resume" not in flags
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     if new_run:
-        first.add_argument("--data", default="digits", help=Config.__dataclass_fields__["data"].metadata["help"])
+        add_fields(first, ["data"], Config())
         first.add_argument("--preset", choices=PRESETS, help="defaults of another dataset; None: those of --data")
     known, _ = first.parse_known_args(arguments)
 
