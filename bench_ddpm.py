@@ -3,7 +3,7 @@
     pytest bench_ddpm.py            # timings on the CPU, and on CUDA if there is a GPU; needs pytest-benchmark
     pip install diffusers           # optional: adds timings of the same network and steps in diffusers
     python bench_ddpm.py NAME       # an experiment: prints a table, writes runs/NAME.png; curves need matplotlib
-    python bench_ddpm.py --list     # the names of the experiments; --help shows the options
+    python bench_ddpm.py            # the names of the experiments; --help shows the options
 
 Each timing is a median. "of the matrix rate" is the number of floating-point operations per second, counted by torch,
 divided by that of a large matrix product on the same device in the same precision, in the same run. "diffusers' time /
@@ -82,7 +82,6 @@ class Case:
             shape = ddpm.describe_network(self.network, self.config.image_size)
             self.peer = UNet2DModel(**shape, dropout=self.config.dropout).to(device).eval()
 
-        # x_t, t, labels
         count = BATCH_SIZE[name, device]
         size = self.config.image_size
         self.x = torch.randn(count, channels, size, size, device=device)
@@ -457,7 +456,9 @@ def schedules(settings):
 
 def attention(settings):
     """Exercise 2: what is self-attention worth?"""
-    return compare(settings, {"with attention": {}, "without": dict(attn_resolutions=())})
+    config = ddpm.preset(settings.data)
+    lowest = config.image_size // 2 ** (len(config.dim_mults) - 1)
+    return compare(settings, {"with": dict(attn_resolutions=(lowest,)), "without": dict(attn_resolutions=())})
 
 
 def objectives(settings):
@@ -665,7 +666,6 @@ def main():
     parser = argparse.ArgumentParser("bench_ddpm.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option = parser.add_argument
     option("experiment", nargs="?", choices=EXPERIMENTS, help="None: list them")
-    option("--list", action="store_true", help="list the experiments")
     option("--data", default="digits", help="digits, mnist, fashion_mnist, cifar10, or a folder of images")
     option("--run", metavar="FOLDER", help="a trained run, in place of one of --data with its preset")
     option("--steps", type=ddpm.positive_int, default=500, help="training steps where networks are compared")
@@ -675,7 +675,7 @@ def main():
     option("--held-out", type=ddpm.positive_int, default=180, help="held-out images that are measured")
     option("--device", help="cuda, mps or cpu; None: the first one available")
     settings = parser.parse_args()
-    if settings.list or settings.experiment is None:
+    if settings.experiment is None:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:14} {experiment.__doc__.splitlines()[0]}")
         return
