@@ -1723,7 +1723,8 @@ def test_noise_of_another_shape_is_refused(use):
 
 
 def test_a_learned_variance_needs_twice_the_channels():
-    """A model that returns ε alone is refused, with both shapes, where v is learned."""
+    """A model that returns ε alone is refused, with both shapes, where v is learned: for 3 channels it returns 6."""
+    single(FEW, variance="learned_range").p_sample(lambda x_t, t: torch.cat([x_t, x_t], 1), torch.zeros(2, 3, 4, 4), 5)
     with pytest.raises(ValueError, match=r"\(2, 4, 4, 4\) .*, got \(2, 2, 4, 4\)"):
         single(FEW, variance="learned_range").p_sample(predicts_zero, torch.zeros(2, 2, 4, 4), 5)
 
