@@ -883,11 +883,11 @@ IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif
 def load_data(name_or_folder, image_size=32, split=None):
     """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None.
 
-    "digits" is assets/digits.png. "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
-    they are not there. Anything else is a folder of images, resized and cropped to image_size, whose subfolders are the
-    classes, in natural order (2 before 10). split="test" is what training does not see: torchvision's test set, every
-    tenth of the digits, and those images of a folder whose file has a CRC-32 divisible by ten, unless that is a whole
-    class. "train" is the rest; None is everything. Raises ValueError where there is nothing to read."""
+    "digits" is assets/digits.png; "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
+    necessary. Anything else is a folder of images, resized and cropped to image_size, whose subfolders are the classes,
+    in natural order (2 before 10). split="test" is what training does not see: torchvision's test set, every tenth of
+    the digits, and those images of a folder whose file has a CRC-32 divisible by ten, unless that is a whole class;
+    "train" is the rest, None is everything. Raises ValueError where there is nothing to read."""
     images, labels, classes, held_out = read_data(name_or_folder, image_size)
     chosen = {None: slice(None), "train": ~held_out, "test": held_out}[split]
     return images[chosen], labels[chosen] if classes else None
@@ -924,7 +924,7 @@ def load_torchvision(name):
     except RuntimeError as error:  # as torchvision reports a failed download
         raise ValueError(f"{name} is not in data/ and can't be downloaded: {error}") from None
     images = torch.cat([torch.as_tensor(part.data) for part in parts])
-    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    images = images.reshape(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()  # colours, if any, come last
     labels = torch.cat([torch.as_tensor(part.targets) for part in parts])
     held_out = torch.arange(len(images)) >= len(parts[0].data)
     return images, labels, list(parts[0].classes), held_out
@@ -935,6 +935,11 @@ def load_folder(folder, image_size):
     links are followed."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder!r} is neither a dataset ({', '.join(DATASETS)}) nor a folder")
+
+    def natural_order(name):  # a2 before a10
+        parts = re.split(r"(\d+)", name)
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
     names = sorted(glob.glob("**/*", root_dir=folder, recursive=True), key=natural_order)
     runs = {Path(name).parent for name in names if Path(name).name == "checkpoint.pt"}
     names = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
@@ -965,12 +970,6 @@ def load_folder(folder, image_size):
     if len(set(classes) - {"(no folder)"}) < 2:
         classes = None
     return images, labels, classes, held_out
-
-
-def natural_order(name):
-    """The key that sorts names as people do: a2 before a10."""
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def read_image(content, image_size):
@@ -1011,13 +1010,12 @@ def load_training_data(config, device):
 def image_to_pixels(image):
     """A PIL image, grey or RGB, as uint8 (C, H, W)."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+    return pixels.reshape(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def pixels_to_image(pixels):
     """uint8 (C, H, W) as a PIL image, grey or RGB."""
-    pixels = pixels.permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).cpu().numpy())
 
 
 def to_model(pixels):
@@ -1183,7 +1181,10 @@ def maybe_compile(config, device, network):
     kernels one by one takes longer than their work."""
     from torch.utils._triton import has_triton
 
-    if config.compile is False or (config.compile is None and not (device.type == "cuda" and has_triton())):
+    enabled = config.compile
+    if enabled is None:
+        enabled = device.type == "cuda" and has_triton()
+    if not enabled:
         return network
     # DistributedDataParallel exchanges gradients during the backward pass, which a CUDA graph can't capture.
     distributed = isinstance(network, nn.parallel.DistributedDataParallel)
@@ -1468,8 +1469,9 @@ def evaluate(run, count, seed=0):
 
     # The terms of all images, in batches of at most 250
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
+    num_batches = math.ceil(len(images) / 250)
     batches = []
-    for pixels in tqdm(images.chunk(math.ceil(len(images) / 250)), unit=" batches", disable=None):
+    for pixels in tqdm(images.chunk(num_batches), unit=" batches", disable=None):
         with autocast(run.config, run.device):
             x_start = to_model(pixels.to(run.device))
             batches.append(run.diffusion.bits_per_dim(run.model, x_start, generator=generator))
@@ -1479,7 +1481,7 @@ def evaluate(run, count, seed=0):
     print(f"{len(images)} held-out images of {run.config.data}, in bits/dim:")
     bits["L_1 … L_{T-1}"] = bits["L_{t-1}"].sum(1)
     for name in ("L_T", "L_1 … L_{T-1}", "L_0", "total"):
-        error = bits[name].std(correction=min(1, len(images) - 1)) / len(images) ** 0.5
+        error = bits[name].std() / len(images) ** 0.5
         print(f"  {name:13} {bits[name].mean():.4f} ± {error:.4f}")
 
 
@@ -1664,7 +1666,10 @@ def parse(arguments):
     if mode == "train":
         add("--resume", action="store_true", help="continue a run, by default the newest in runs/")
         names = {field.name for field in dataclasses.fields(Config)} - {"data"}
-        add_fields(parser, names if new_run else RESUME, preset(known.data, known.preset) if new_run else None)
+        if new_run:
+            add_fields(parser, names, preset(known.data, known.preset))
+        else:
+            add_fields(parser, RESUME, None)
     elif mode:
         add("--out", help="the run's folder; None: the newest in runs/")
     if mode in ("sample", "evaluate"):
