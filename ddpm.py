@@ -881,13 +881,12 @@ IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif
 
 
 def load_data(name_or_folder, image_size=32, split=None):
-    """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None.
+    """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None. Raises ValueError if there are none.
 
     "digits" is assets/digits.png; "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
-    necessary. Anything else is a folder of images, resized and cropped to image_size, whose subfolders are the classes,
-    in natural order (2 before 10). split="test" is what training does not see: torchvision's test set, every tenth of
-    the digits, and those images of a folder whose file has a CRC-32 divisible by ten, unless that is a whole class;
-    "train" is the rest, None is everything. Raises ValueError where there is nothing to read."""
+    necessary. Anything else is a folder of images, resized and cropped to image_size; its subfolders are the classes.
+    split="test" is what training does not see: torchvision's test set, every tenth of the digits, and those images of a
+    folder whose file has a CRC-32 divisible by ten, unless that is a whole class; "train" is the rest, None is all."""
     images, labels, classes, held_out = read_data(name_or_folder, image_size)
     chosen = {None: slice(None), "train": ~held_out, "test": held_out}[split]
     return images[chosen], labels[chosen] if classes else None
