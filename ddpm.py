@@ -487,7 +487,7 @@ def classifier_free_guidance(model, labels, scale):
 # The paper's U-Net (appendix B). Modules are named as in diffusers, so that published weights load (section 10).
 
 
-def group_norm(channels, groups=32):
+def group_norm(channels, groups):
     """Group normalisation with gcd(channels, groups) groups; the paper has 32."""
     return nn.GroupNorm(math.gcd(channels, groups), channels, eps=1e-6)
 
@@ -516,7 +516,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolutions with a residual connection; the time embedding is added between them."""
 
-    def __init__(self, in_channels, out_channels, time_dim, dropout=0.0, groups=32):
+    def __init__(self, in_channels, out_channels, time_dim, dropout, groups):
         super().__init__()
         self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
