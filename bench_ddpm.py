@@ -79,7 +79,7 @@ class Case:
         with contextlib.suppress(ImportError):
             from diffusers import UNet2DModel
 
-            shape = ddpm.describe_network(self.network, self.config.image_size)
+            shape = ddpm.describe_network(self.network)
             self.peer = UNet2DModel(**shape, dropout=self.config.dropout).to(device).eval()
 
         count = BATCH_SIZE[name, device]

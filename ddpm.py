@@ -16,12 +16,9 @@ paper's numbers.) An argument t is int64 (B,), or one int for all images. Images
 """
 
 import argparse
-import contextlib
 import copy
 import ctypes
-import dataclasses
 import datetime
-import functools
 import glob
 import io
 import itertools
@@ -36,6 +33,9 @@ import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 # Apple's GPUs have no kernel for log_ndtr: the CPU takes over. (No effect if torch was imported before.)
@@ -208,7 +208,7 @@ class GaussianDiffusion(nn.Module):
 
     def predict_noise(self, x_t, t, x_start):
         """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
-        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start.view_as(x_t)
+        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start
         return noise_part / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
 
     def predict(self, model, x_t, t, clip_denoised=False):
@@ -236,7 +236,7 @@ class GaussianDiffusion(nn.Module):
             predicted_noise = self.predict_noise(x_t, t, pred_x_start)
         return pred_x_start, predicted_noise, v
 
-    def p_posterior(self, pred_x_start, x_t, t, v=None):
+    def p_posterior(self, pred_x_start, x_t, t, v):
         """Returns mean, variance and log variance of p_θ(x_{t−1}|x_t) for a given x̂_0. The mean is μ_θ = μ̃_t(x_t, x̂_0)
         (Eq. 11). fixed_small is β̃_t, as q_posterior returns it."""
         mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # Eq. 11, and β̃_t
@@ -276,7 +276,7 @@ class GaussianDiffusion(nn.Module):
         return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
     # -- Variational bound and score --
-    def bound_term(self, x_start, x_t, t, pred_x_start, v=None):
+    def bound_term(self, x_start, x_t, t, pred_x_start, v):
         """The term of Eq. 5 at t, estimated from x_t and the prediction for it, in bits/dim (B,): at t = 0
         L_0 = −log p_θ(x_0|x_1) (Eq. 13), else L_t, the paper's L_{t−1} = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)),
         which Eq. 8 to 10 rewrite for a fixed σ_t². A loss must not clamp x̂_0: no gradient flows through the clamp."""
@@ -349,10 +349,8 @@ class GaussianDiffusion(nn.Module):
         alpha_bar_t = self.alpha_bars[t]
         alpha_bar_s = self.alpha_bars[prev_t]
         sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
-        x_s = self.ddim_mean(pred_x_start, predicted_noise, prev_t, sigma)
-        if eta > 0 or noise is not None:
-            x_s = x_s + sigma * sample_noise(x_t, generator, noise)
-        return x_s
+        mean = self.ddim_mean(pred_x_start, predicted_noise, prev_t, sigma)
+        return mean + sigma * sample_noise(x_t, generator, noise)
 
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
         """DDIM from x_T = x_t step by step: yields as many tensors as steps, the last of which is x_0."""
@@ -499,18 +497,12 @@ def zero(module):
     return module
 
 
-class SinusoidalPositionEmbeddings(nn.Module):
+def sinusoidal_position_embeddings(t, dim):
     """t (B,) → (B, dim): sin(t ω_i), then cos(t ω_i), with frequencies ω_i falling geometrically from 1 to 1/10000."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, t):
-        half = self.dim // 2
-        omega = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
-        angles = t[:, None] * omega
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+    half = dim // 2
+    omega = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=t.device))
+    angles = t[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class ResidualBlock(nn.Module):
@@ -588,6 +580,9 @@ class Level(nn.Module):
             self.resnets.append(ResidualBlock(channels, out_channels, time_dim, dropout, groups))
             self.attentions.append(AttentionBlock(out_channels, groups) if attention else nn.Identity())
 
+    def layers(self):
+        return zip(self.resnets, self.attentions, strict=True)
+
 
 class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
@@ -615,33 +610,32 @@ class UNet(nn.Module):
             needed = f"image_size a multiple of {2**halvings} for dim_mults {tuple(dim_mults)}, num_res_blocks above 0"
             raise ValueError(f"needed: {needed}; got {image_size} and {num_res_blocks}")
         self.image_channels = image_channels
+        self.image_size = image_size
         self.num_classes = num_classes
+        self.dim = dim
 
         # Time and label
         time_dim = time_dim or 4 * dim
-        self.position = SinusoidalPositionEmbeddings(dim)
         layers = OrderedDict(linear_1=nn.Linear(dim, time_dim), silu=nn.SiLU(), linear_2=nn.Linear(time_dim, time_dim))
         self.time_embedding = nn.Sequential(layers)
         self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
         # Down; skip_channels are the channels of each skip connection, in order.
         groups = 32 if dim >= 128 else max(1, dim // 16)
-        new_level = functools.partial(Level, time_dim=time_dim, dropout=dropout, groups=groups)
+        new_level = partial(Level, time_dim=time_dim, dropout=dropout, groups=groups)
         widths = [dim * mult for mult in dim_mults]
         channels = dim
-        size = image_size
         skip_channels = [dim]
         self.conv_in = nn.Conv2d(image_channels, dim, 3, padding=1)
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             in_channels = [channels] + [width] * (num_res_blocks - 1)
-            level = new_level(in_channels, width, attention=size in attn_resolutions)
+            level = new_level(in_channels, width, attention=image_size >> i in attn_resolutions)
             skip_channels += [width] * num_res_blocks
             channels = width
             if i < halvings:
                 level.downsamplers.append(Downsample(width))
                 skip_channels.append(width)
-                size //= 2
             self.down_blocks.append(level)
 
         # Middle: attention between the two residual blocks.
@@ -655,10 +649,9 @@ class UNet(nn.Module):
             for _ in range(num_res_blocks + 1):
                 in_channels.append(channels + skip_channels.pop())
                 channels = width
-            level = new_level(in_channels, width, attention=size in attn_resolutions)
+            level = new_level(in_channels, width, attention=image_size >> i in attn_resolutions)
             if i > 0:
                 level.upsamplers.append(Upsample(width))
-                size *= 2
             self.up_blocks.append(level)
 
         # Out
@@ -672,7 +665,7 @@ class UNet(nn.Module):
             raise ValueError("labels given to a network that was built without num_classes")
 
         # Time and label
-        emb = self.time_embedding(self.position(t).to(x.dtype))
+        emb = self.time_embedding(sinusoidal_position_embeddings(t, self.dim).to(x.dtype))
         if self.class_embedding is not None:
             y = torch.full_like(t, self.num_classes) if y is None else y
             emb = emb + self.class_embedding(y)
@@ -681,7 +674,7 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for level in self.down_blocks:
-            for block, attention in zip(level.resnets, level.attentions, strict=True):
+            for block, attention in level.layers():
                 h = attention(block(h, emb))
                 skips.append(h)
             for downsample in level.downsamplers:
@@ -689,12 +682,12 @@ class UNet(nn.Module):
                 skips.append(h)
 
         # Middle
-        for block, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
+        for block, attention in self.mid_block.layers():
             h = attention(block(h, emb))
 
         # Up
         for level in self.up_blocks:
-            for block, attention in zip(level.resnets, level.attentions, strict=True):
+            for block, attention in level.layers():
                 h = torch.cat([h, skips.pop()], dim=1)
                 h = attention(block(h, emb))
             for upsample in level.upsamplers:
@@ -745,7 +738,7 @@ def train(config, checkpoint=None, watch=None):
     out = None
     if rank == 0:
         out = new_folder(config) if checkpoint is None else Path(config.out)
-        config = dataclasses.replace(config, out=str(out))
+        config = replace(config, out=str(out))
         size = sum(parameter.numel() for parameter in model.parameters())
         print(f"{size:,} parameters, {device}, {config.steps - first_step:,} steps into {out}")
 
@@ -769,11 +762,12 @@ def train(config, checkpoint=None, watch=None):
             t = torch.randint(diffusion.timesteps, (len(chosen),), device=device)              # t ~ Uniform({0…T−1})
             noise = torch.randn_like(x_start)                                                  # ε ~ N(0, I)
             with autocast(config, device):
-                loss = diffusion.p_losses(functools.partial(network, y=y), x_start, t, noise)
+                loss = diffusion.p_losses(partial(network, y=y), x_start, t, noise)
             loss.backward()                                                                    # ∇_θ ‖ε − ε_θ(x_t, t)‖²
             # fmt: on
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+            lr = learning_rate(config, step)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
             ema_update(ema, model, step, config.ema_decay)
@@ -785,7 +779,7 @@ def train(config, checkpoint=None, watch=None):
             stop = torch.tensor(len(signals))
             if world_size > 1:
                 dist.all_reduce(stop)
-            draw = done == config.steps or (done % config.sample_every == 0 and not stop)
+            draw = done == config.steps or done % config.sample_every == 0
             save = done == config.steps or done % config.checkpoint_every == 0 or stop
             if not (draw or save or done % config.log_every == 0):
                 continue
@@ -806,15 +800,14 @@ def train(config, checkpoint=None, watch=None):
                     seen, unseen = [ema_loss(config, diffusion, ema, *part) for part in (training_set, held_out)]
                     compared = f"{seen:.6f},{unseen:.6f}"
                     bar.write(f"step {done:,}: EMA loss {seen:.6f} on training images, {unseen:.6f} on held-out images")
-                lr = learning_rate(config, step)
                 rows.append(f"{done},{mean_loss:.6f},{mean_norm:.4f},{lr:.3g},{speed:.0f},{compared}\n")
-                with contextlib.suppress(PermissionError):  # a spreadsheet may lock it; the next row rewrites all
+                with suppress(PermissionError):  # a spreadsheet may lock it; the next row rewrites all
                     (out / "log.csv").write_text("".join(rows))
 
             # Checkpoint, samples
             if save and rank == 0:
                 state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-                state.update(step=done, log=rows, config=dataclasses.asdict(config), classes=classes)
+                state.update(step=done, log=rows, config=asdict(config), classes=classes)
                 save_atomically(state, out / "checkpoint.pt")
             if draw and rank == 0:
                 (watch or Run.write_grid)(Run(config, ema, diffusion, classes), done)
@@ -856,15 +849,13 @@ def ema_loss(config, diffusion, ema, images, labels):
     the same evenly spaced t and the same ε every time. Where it rises on held-out images and falls on training images,
     the network memorises."""
     chosen = torch.arange(512) * len(images) // 512
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, "comparison"))
-    timesteps = torch.randperm(len(chosen), generator=generator) * diffusion.timesteps // len(chosen)
+    torch.manual_seed(derive_seed(config.seed, "comparison"))
+    timesteps = torch.randperm(len(chosen), device=images.device) * diffusion.timesteps // len(chosen)
     losses = []
     for indices, t in zip(chosen.split(64), timesteps.split(64), strict=True):
-        x_start = to_model(images[indices])
-        noise = torch.randn(x_start.shape, generator=generator).to(x_start.device)
         y = labels[indices] if ema.num_classes else None
-        with autocast(config, x_start.device):
-            loss = diffusion.p_losses(functools.partial(ema, y=y), x_start, t.to(x_start.device), noise)
+        with autocast(config, images.device):
+            loss = diffusion.p_losses(partial(ema, y=y), to_model(images[indices]), t)
         losses.append(loss.item())
     return sum(losses) / len(losses)
 
@@ -906,11 +897,13 @@ def load_digits():
     path = Path(__file__).parent / "assets" / "digits.png"
     if not path.exists():
         raise ValueError(f"digits needs {path}, which comes with ddpm.py's repository; --data takes a folder of images")
-    sheet = image_to_pixels(Image.open(path))[0]
+    from torchvision.transforms.functional import pil_to_tensor
+
+    sheet = pil_to_tensor(Image.open(path))[0]
     tiles = sheet.reshape(10, 8, -1, 8).transpose(1, 2)  # (10, tiles in a row, 8, 8)
     labels, columns = torch.nonzero(tiles.flatten(2).any(2), as_tuple=True)
     held_out = torch.arange(len(labels)) % 10 == 9
-    return tiles[labels, columns][:, None], labels, [str(digit) for digit in range(10)], held_out
+    return tiles[labels, columns][:, None], labels, list("0123456789"), held_out
 
 
 def load_torchvision(name):
@@ -926,7 +919,7 @@ def load_torchvision(name):
     images = images.reshape(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()  # colours, if any, come last
     labels = torch.cat([torch.as_tensor(part.targets) for part in parts])
     held_out = torch.arange(len(images)) >= len(parts[0].data)
-    return images, labels, list(parts[0].classes), held_out
+    return images, labels, parts[0].classes, held_out
 
 
 def load_folder(folder, image_size):
@@ -940,27 +933,28 @@ def load_folder(folder, image_size):
         return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
     names = sorted(glob.glob("**/*", root_dir=folder, recursive=True), key=natural_order)
-    runs = {Path(name).parent for name in names if Path(name).name == "checkpoint.pt"}
-    names = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    names = [name for name in names if runs.isdisjoint(Path(name).parents)]
-    if not names:
+    paths = [Path(name) for name in names]
+    runs = {path.parent for path in paths if path.name == "checkpoint.pt"}
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = [path for path in paths if runs.isdisjoint(path.parents)]
+    if not paths:
         raise ValueError(f"no images in {folder}: it needs {' '.join(sorted(IMAGE_SUFFIXES))} files; runs are skipped")
 
-    images = torch.empty((len(names), 3, image_size, image_size), dtype=torch.uint8)
-    held_out = torch.empty(len(names), dtype=torch.bool)
-    for i, name in enumerate(tqdm(names, "reading", unit=" images", leave=False, delay=2, disable=None)):
-        content = Path(folder, name).read_bytes()
+    images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
+    held_out = torch.empty(len(paths), dtype=torch.bool)
+    for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=None)):
+        content = Path(folder, path).read_bytes()
         held_out[i] = zlib.crc32(content) % 10 == 0
         try:
             images[i] = read_image(content, image_size)
         except Exception as error:  # a damaged file may raise any exception
-            raise ValueError(f"{folder}/{name} can't be read as an image: {error}") from None
+            raise ValueError(f"{folder}/{path} can't be read as an image: {error}") from None
     if (images == images[:, :1]).all():
         images = images[:, :1].clone()  # all are grey
 
     # Images beside at least two subfolders are a class of their own.
-    parts = [Path(name).parts for name in names]
-    subfolders = [part[0] if len(part) > 1 else "(no folder)" for part in parts]
+    parents = [path.parent.parts for path in paths]
+    subfolders = [parts[0] if parts else "(no folder)" for parts in parents]
     classes = sorted(set(subfolders), key=natural_order)
     labels = torch.tensor([classes.index(name) for name in subfolders])
     for label in range(len(classes)):  # a class is never held out as a whole
@@ -973,6 +967,8 @@ def load_folder(folder, image_size):
 
 def read_image(content, image_size):
     """The bytes of an image file as RGB, uint8 (3, image_size, image_size), upright, on white where transparent."""
+    from torchvision.transforms.functional import pil_to_tensor
+
     image = Image.open(io.BytesIO(content))
     image.draft(None, (4 * image_size, 4 * image_size))  # a large JPEG is reduced as it is decoded: 25 times as fast
     image = ImageOps.exif_transpose(image)
@@ -981,7 +977,7 @@ def read_image(content, image_size):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image_to_pixels(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+    return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
 
 
 def load_training_data(config, device):
@@ -1006,17 +1002,6 @@ def load_training_data(config, device):
     return training_set, held_out_set, classes
 
 
-def image_to_pixels(image):
-    """A PIL image, grey or RGB, as uint8 (C, H, W)."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.reshape(image.height, image.width, -1).permute(2, 0, 1)
-
-
-def pixels_to_image(pixels):
-    """uint8 (C, H, W) as a PIL image, grey or RGB."""
-    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).cpu().numpy())
-
-
 def to_model(pixels):
     """uint8 0…255 → float [−1, 1]."""
     return pixels.float() / 127.5 - 1
@@ -1031,14 +1016,17 @@ def to_pixels(x):
 
 
 def option(default, help, **arguments):
-    """A dataclass field that is also a command-line flag; its metadata are the arguments of argparse."""
+    """A dataclass field that is also a command-line flag; its metadata are the arguments of argparse.
+    An int is at least 1 unless its type is given."""
     if isinstance(default, bool):
         arguments["action"] = argparse.BooleanOptionalAction
     elif isinstance(default, tuple):
         arguments.update(type=int, nargs="*")
+    elif isinstance(default, int):
+        arguments.setdefault("type", positive_int)
     elif default is not None:
-        arguments.setdefault("type", type(default))
-    return dataclasses.field(default=default, metadata=dict(arguments, help=help))
+        arguments["type"] = type(default)
+    return field(default=default, metadata=dict(arguments, help=help))
 
 
 def positive_int(text):
@@ -1048,7 +1036,7 @@ def positive_int(text):
     return int(text)
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """Everything a run depends on. Every field is a flag of --train and is stored in the checkpoint."""
 
@@ -1056,10 +1044,10 @@ class Config:
     data: str = option("digits", "digits, mnist, fashion_mnist, cifar10, or a folder of images")
 
     # Network
-    image_size: int = option(8, "height and width; images of a folder are resized and cropped to it", type=positive_int)
-    dim: int = option(16, "channels at full resolution, a multiple of 4", type=positive_int)
+    image_size: int = option(8, "height and width; images of a folder are resized and cropped to it")
+    dim: int = option(16, "channels at full resolution, a multiple of 4")
     dim_mults: tuple = option((1, 2), "channels of each level, in multiples of dim; each level halves the size")
-    num_res_blocks: int = option(1, "residual blocks per level", type=positive_int)
+    num_res_blocks: int = option(1, "residual blocks per level")
     attn_resolutions: tuple = option((), "image sizes at which there is self-attention")
     dropout: float = option(0.0, "dropout probability in the residual blocks")
 
@@ -1068,37 +1056,33 @@ class Config:
     label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs")
 
     # Diffusion
-    timesteps: int = option(1000, "T, the number of steps of the forward process", type=positive_int)
+    timesteps: int = option(1000, "T, the number of steps of the forward process")
     schedule: str = option("linear", "β_t; the paper's linear one is scaled by 1000/T", choices=("linear", "cosine"))
     variance: str = option("fixed_large", "σ_t² of the reverse process: β_t, β̃_t, or learned", choices=VARIANCES)
     prediction: str = option("noise", "what the network predicts: ε, or √ᾱ_t ε − √(1−ᾱ_t) x_0", choices=PREDICTIONS)
     loss: str = option("simple", "Eq. 14, or the bound of Eq. 5", choices=LOSSES)
 
     # Optimisation
-    steps: int = option(1400, "training steps", type=positive_int)
-    batch_size: int = option(128, "images per step, over all processes together", type=positive_int)
+    steps: int = option(1400, "training steps")
+    batch_size: int = option(128, "images per step, over all processes together")
     lr: float = option(6e-3, "Adam's learning rate")
-    warmup: int = option(50, "steps over which the learning rate rises linearly")
+    warmup: int = option(50, "steps over which the learning rate rises linearly", type=int)
     lr_decay: str = option("linear", "after the warm-up; linear falls to 0", choices=("constant", "linear"))
     grad_clip: float = option(1.0, "the gradient's norm is clipped at this value; 0 does not clip")
     ema_decay: float = option(0.9999, "decay of the averaged weights; at step n at most (1 + n)/(10 + n)")
     flip: bool = option(False, "mirror half of the images left to right")
 
     # Reproducibility, log, checkpoints
-    seed: int = option(0, "seed of everything random")
-    log_every: int = option(50, "steps between two rows of log.csv", type=positive_int)
-    sample_every: int = option(500, "steps between two grids of samples", type=positive_int)
-    checkpoint_every: int = option(500, "steps between two checkpoints", type=positive_int)
+    seed: int = option(0, "seed of everything random", type=int)
+    log_every: int = option(50, "steps between two rows of log.csv")
+    sample_every: int = option(500, "steps between two grids of samples")
+    checkpoint_every: int = option(500, "steps between two checkpoints")
 
     # Machine and folder; None is decided when the run starts
     bf16: bool = option(None, "bfloat16; None: if the processor supports it", action=argparse.BooleanOptionalAction)
     compile: bool = option(None, "torch.compile; None: on CUDA with Triton", action=argparse.BooleanOptionalAction)
     device: str = option(None, "cuda, cuda:1 (the second), mps or cpu; None: the first one available")
     out: str = option(None, "the run's folder; None: a new one in runs/")
-
-    def __post_init__(self):
-        self.dim_mults = tuple(self.dim_mults)
-        self.attn_resolutions = tuple(self.attn_resolutions)
 
 
 # The paper's appendix B for CIFAR-10, and settings for other datasets; Config's defaults are those of the digits.
@@ -1117,8 +1101,6 @@ def preset(data, name=None, **changes):
     """The default Config of a dataset, with changes to its fields. name selects another preset than the dataset's."""
     own = data if data in DATASETS else "folder"
     settings = dict(PRESETS[name or own], data=data)
-    if data in DATASETS:  # whose images have one size
-        settings["image_size"] = PRESETS[data].get("image_size", Config.image_size)
     return Config(**{**settings, **changes})
 
 
@@ -1150,7 +1132,7 @@ def derive_seed(seed, use, *numbers):
     return np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(1).item()
 
 
-def pick_device(name=None):
+def pick_device(name):
     """The device of that name (default: CUDA, else MPS, else the CPU). Under torchrun, "cuda" is each process's own
     GPU. Enables TF32 on CUDA."""
     if name is None:
@@ -1186,8 +1168,8 @@ def maybe_compile(config, device, network):
     if not enabled:
         return network
     # DistributedDataParallel exchanges gradients during the backward pass, which a CUDA graph can't capture.
-    distributed = isinstance(network, nn.parallel.DistributedDataParallel)
-    return torch.compile(network, mode="default" if distributed else "reduce-overhead", dynamic=False)
+    mode = "default" if dist.is_initialized() else "reduce-overhead"
+    return torch.compile(network, mode=mode, dynamic=False)
 
 
 def keep_freed_memory():
@@ -1216,7 +1198,7 @@ def join_processes(config, device):
     return rank, world_size
 
 
-@contextlib.contextmanager
+@contextmanager
 def record_signals():
     """Context manager that records the first SIGINT, SIGTERM and SIGHUP (a closed terminal) in a list; a second one of
     the same kind has its usual effect. One that is ignored, as by nohup, stays ignored."""
@@ -1248,11 +1230,10 @@ def new_folder(config):
         out.mkdir(parents=True, exist_ok=True)
         return out
     name = Path(config.data).resolve().name
-    Path("runs").mkdir(exist_ok=True)
     for n in itertools.count(1):
         out = Path("runs", name if n == 1 else f"{name}-{n}")
-        with contextlib.suppress(FileExistsError):
-            out.mkdir()
+        with suppress(FileExistsError):
+            out.mkdir(parents=True)
             return out
 
 
@@ -1295,15 +1276,16 @@ def read_checkpoint(out):
     return {**checkpoint, "config": config, "network": network.eval()}
 
 
-def make_grid_image(pixels, columns=None):
+def make_grid_image(pixels, columns):
     """Images, uint8 (N, C, H, W), as one PIL image (default: a square grid), row by row, with grey lines between them;
     small images are enlarged."""
+    from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
     columns = columns or math.ceil(len(pixels) ** 0.5)
-    grid = make_grid(pixels.cpu(), nrow=columns, padding=1, pad_value=64)
+    grid = make_grid(pixels, nrow=columns, padding=1, pad_value=64)
     zoom = max(1, 32 // pixels.shape[3])
-    return pixels_to_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    return to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
 
 
 # ---- 9. From a run to images -----------------------------------------------------------------------------------------
@@ -1312,7 +1294,7 @@ SAMPLERS = ("dpm-solver", "ddim", "ddpm")
 MAX_COLUMNS = 16  # a grid has a column for each class, up to this many classes
 
 
-@dataclasses.dataclass
+@dataclass
 class Run:
     """A trained network with everything that sampling needs."""
 
@@ -1325,7 +1307,7 @@ class Run:
     def read(cls, out, device=None, bf16=None, compile=None):
         """The run in a folder, with its averaged weights. Raises ValueError as read_checkpoint does."""
         checkpoint = read_checkpoint(out)
-        config = dataclasses.replace(checkpoint["config"], device=device, bf16=bf16, compile=compile)
+        config = replace(checkpoint["config"], device=device, bf16=bf16, compile=compile)
         return cls(config, checkpoint["network"], build_diffusion(config), checkpoint["classes"]).ready()
 
     def ready(self):
@@ -1398,6 +1380,8 @@ def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, i
 
     Image i depends on seed and i only, to rounding: not on the count, the batches, or the processes that share them.
     Several processes write individual images only."""
+    from torchvision.transforms.functional import to_pil_image
+
     rank, world_size = rank_and_world_size()
     guidance = how.get("guidance", 0)
     if how.get("eta", 0) != 0 and how.get("sampler") != "ddim":
@@ -1430,16 +1414,19 @@ def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, i
         drawn.append(to_pixels(x_t).cpu()[: count - start])
         if individual:
             for number, pixels in enumerate(drawn[-1], start):
-                pixels_to_image(pixels).save(folder / f"{number:05}.png")
+                to_pil_image(pixels).save(folder / f"{number:05}.png")
 
-    # Images of an earlier call go; the grid has a column for each class, unless there are many.
-    for path in folder.glob("*.png") if individual else []:
-        if path.stem.isdecimal() and int(path.stem) >= count:
-            path.unlink(missing_ok=True)
+    paths = []
+    if individual:
+        paths.append(folder)
+        for path in folder.glob("*.png"):  # of an earlier, larger call
+            if path.stem.isdecimal() and int(path.stem) >= count:
+                path.unlink(missing_ok=True)
+
+    # One grid, with a column for each class unless there are many
     columns = None
     if labels is not None and label is None and run.model.num_classes <= MAX_COLUMNS:
         columns = run.model.num_classes
-    paths = [folder] if individual else []
     if world_size == 1:
         paths.append(folder.with_name("samples.png"))
         make_grid_image(torch.cat(drawn), columns).save(paths[-1])
@@ -1452,7 +1439,7 @@ def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, i
     return paths
 
 
-def evaluate(run, count, seed=0):
+def evaluate(run, count, seed):
     """Print the bound on −log₂ p_θ(x_0) of count held-out images, term by term (Eq. 5). No labels are given. Raises
     ValueError for a network that always had them, and if no image is held out."""
     if run.model.num_classes and run.config.label_dropout == 0:
@@ -1466,11 +1453,9 @@ def evaluate(run, count, seed=0):
     count = min(count, len(images))
     images = images[torch.arange(count) * len(images) // count]  # evenly spaced, since they may be sorted by class
 
-    # The terms of all images, in batches of at most 250
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
-    num_batches = math.ceil(len(images) / 250)
     batches = []
-    for pixels in tqdm(images.chunk(num_batches), unit=" batches", disable=None):
+    for pixels in tqdm(images.split(256), unit=" batches", disable=None):
         with autocast(run.config, run.device):
             x_start = to_model(pixels.to(run.device))
             batches.append(run.diffusion.bits_per_dim(run.model, x_start, generator=generator))
@@ -1488,16 +1473,15 @@ def evaluate(run, count, seed=0):
 # diffusers, an optional package, reads and writes its own format; this section maps its names to those of UNet and
 # GaussianDiffusion.
 
-PREDICTION_TYPES = dict(epsilon="noise", v_prediction="velocity")
 CLAMP = dict(clip_sample=True, clip_sample_range=1.0, thresholding=False)  # the clamp that the samplers here apply
 
 
-def describe_network(network, image_size):
+def describe_network(network):
     """The arguments of the UNet2DModel that is this UNet."""
     levels = network.down_blocks
     attention = [isinstance(level.attentions[0], AttentionBlock) for level in levels]
     return dict(
-        sample_size=image_size,
+        sample_size=network.image_size,
         in_channels=network.image_channels,
         out_channels=network.conv_out.out_channels,
         block_out_channels=[level.resnets[-1].conv2.out_channels for level in levels],
@@ -1516,7 +1500,7 @@ def describe_network(network, image_size):
 
 
 @torch.no_grad()
-def copy_weights(source, target, image_size):
+def copy_weights(source, target):
     """Copies the weights between a UNet and a UNet2DModel, in which v is 2v − 1. Raises ValueError, naming the fields
     of config.json that differ, unless both then return the same for a random input."""
     network, published = (source, target) if isinstance(source, UNet) else (target, source)
@@ -1532,7 +1516,7 @@ def copy_weights(source, target, image_size):
 
     try:
         target.load_state_dict(weights)
-        x = torch.randn(2, network.image_channels, image_size, image_size)
+        x = torch.randn(2, network.image_channels, network.image_size, network.image_size)
         t = torch.tensor([10, 700])
         y = torch.tensor([0, 1]) if network.num_classes else None
         ours = network(x, t, y)
@@ -1542,7 +1526,7 @@ def copy_weights(source, target, image_size):
     except RuntimeError:  # names or shapes differ
         same = False
     if not same:
-        wanted = type(published)(**describe_network(network, image_size)).config
+        wanted = type(published)(**describe_network(network)).config
         found = [f"{name}={value!r}" for name, value in published.config.items() if value != wanted.get(name)]
         raise ValueError(f"UNet can't be this UNet2DModel: {', '.join(found) or 'groups or dim_mults differ'}")
 
@@ -1566,8 +1550,8 @@ def read_published(folder, out=None, **machine):
     if len(sizes) > 1 or sizes == [None]:
         raise ValueError(f"{place}: sample_size={shape.sample_size}, images must be square and their size known")
     dim = shape.block_out_channels[0]
-    attends = [kind == "AttnDownBlock2D" for kind in shape.down_block_types]
-    attn_resolutions = [sizes[0] >> i for i, attention in enumerate(attends) if attention]
+    levels = enumerate(shape.down_block_types)
+    attn_resolutions = [sizes[0] >> i for i, kind in levels if kind == "AttnDownBlock2D"]
     network = UNet(
         shape.in_channels,
         dim,
@@ -1578,7 +1562,7 @@ def read_published(folder, out=None, **machine):
         num_classes=shape.num_class_embeds and shape.num_class_embeds - 1,
         learned_variance=shape.out_channels == 2 * shape.in_channels,
     ).eval()
-    copy_weights(published, network, sizes[0])
+    copy_weights(published, network)
 
     # The diffusion
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
@@ -1589,7 +1573,8 @@ def read_published(folder, out=None, **machine):
     wrong = [f"{name}={how[name]}" for name, value in CLAMP.items() if how[name] != value]
     if wrong:
         raise ValueError(f"the scheduler of {folder} clamps differently: {', '.join(wrong)}")
-    prediction = PREDICTION_TYPES.get(how.prediction_type, how.prediction_type)
+    names = dict(epsilon="noise", v_prediction="velocity")
+    prediction = names.get(how.prediction_type, how.prediction_type)
     settings = dict(variance=how.variance_type.removesuffix("_log"), prediction=prediction)
     diffusion = GaussianDiffusion(scheduler.betas, **settings)
     out = out or f"runs/{folder.resolve().name}"
@@ -1607,13 +1592,13 @@ def export(out, folder):
     checkpoint = read_checkpoint(out)
     config = checkpoint["config"]
     network = checkpoint["network"]
-    published = diffusers.UNet2DModel(**describe_network(network, config.image_size), dropout=config.dropout).eval()
-    copy_weights(network, published, config.image_size)
+    published = diffusers.UNet2DModel(**describe_network(network), dropout=config.dropout).eval()
+    copy_weights(network, published)
     scheduler = diffusers.DDPMScheduler(
         num_train_timesteps=config.timesteps,
         trained_betas=build_diffusion(config).betas.tolist(),
         variance_type=config.variance,
-        prediction_type={ours: theirs for theirs, ours in PREDICTION_TYPES.items()}[config.prediction],
+        prediction_type="v_prediction" if config.prediction == "velocity" else "epsilon",
         timestep_spacing="trailing",
     )
     Path(folder).mkdir(parents=True)
@@ -1632,10 +1617,10 @@ RESUME = ("steps", "log_every", "sample_every", "checkpoint_every", "out", *MACH
 
 def add_fields(parser, names, defaults):
     """Add the flags of some fields of Config. defaults is a Config, or None for flags that have none."""
-    for field in dataclasses.fields(Config):
-        if field.name in names:
-            default = getattr(defaults, field.name) if defaults else argparse.SUPPRESS
-            parser.add_argument("--" + field.name.replace("_", "-"), default=default, **field.metadata)
+    for each in fields(Config):
+        if each.name in names:
+            default = getattr(defaults, each.name) if defaults else argparse.SUPPRESS
+            parser.add_argument("--" + each.name.replace("_", "-"), default=default, **each.metadata)
 
 
 def parse(arguments):
@@ -1664,7 +1649,7 @@ def parse(arguments):
     add = parser.add_argument
     if mode == "train":
         add("--resume", action="store_true", help="continue a run, by default the newest in runs/")
-        names = {field.name for field in dataclasses.fields(Config)} - {"data"}
+        names = vars(Config()).keys() - {"data"}
         if new_run:
             add_fields(parser, names, preset(known.data, known.preset))
         else:
@@ -1703,12 +1688,11 @@ def run_mode(mode, options):
         checkpoint = None
         if options.pop("resume"):
             checkpoint = read_checkpoint(out or newest_run())
-            config = dataclasses.replace(checkpoint["config"], **options)
+            config = replace(checkpoint["config"], **options)
         else:
             config = Config(**options, out=out)
         folder = train(config, checkpoint)
         if folder:
-            print(f"{folder}: checkpoint.pt, log.csv, samples-*.png")
             print(f"next: python ddpm.py --sample 64 --out={shlex.quote(str(folder))}")
     elif mode == "export":
         export(out or newest_run(), value)
@@ -1730,14 +1714,13 @@ def main(arguments=None):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without β shows ?
     keep_freed_memory()
+    status = 2
     try:
         run_mode(*parse(sys.argv[1:] if arguments is None else arguments))
         return
     except (ValueError, OSError) as error:
-        status = 2
         message = f"error: {error}"
     except ImportError as error:
-        status = 2
         message = f"error: {error}: pip install {error.name}"
     except KeyboardInterrupt as interruption:
         status = 130

@@ -2128,7 +2128,7 @@ def test_algorithm_1_draws_what_the_paper_says(tmp_path, monkeypatch):
     seen = []
     original = ddpm.GaussianDiffusion.p_losses
 
-    def p_losses(self, model, x_start, t, noise):
+    def p_losses(self, model, x_start, t, noise=None):
         if torch.is_grad_enabled():  # in training, not when losses are compared for the log
             seen.append((x_start, t, noise, model.keywords["y"]))
         return original(self, model, x_start, t, noise)
@@ -2708,7 +2708,7 @@ def test_a_flag_reaches_what_it_configures(field, some_runs, folder, monkeypatch
     assert ", cpu, " in capsys.readouterr().out
     runs = [some_runs / "usual", Path(value if field == "out" else "run")]
     had = saved(runs[1])["config"][field]
-    assert " ".join(map(str, had if isinstance(had, tuple) else [had])) == str(value)
+    assert " ".join(map(str, had if isinstance(had, tuple | list) else [had])) == str(value)
     if field not in ("compile", "device", "out"):
         usual, got = ([sorted(path.name for path in run.iterdir()), log_rows(run)] for run in runs)
         assert usual != got or not equal(*(dict(saved(run)["ema"]) for run in runs))
@@ -2734,7 +2734,6 @@ def test_the_presets():
     for data, want in settings.items():
         config = dataclasses.asdict(ddpm.preset("cats", "gpu") if data == "gpu" else ddpm.preset(data))
         assert {name: config[name] for name in want} == want
-    assert ddpm.preset("digits", "gpu").image_size == 8
     assert ddpm.preset("digits") == ddpm.Config()
     assert ddpm.preset("cifar10", lr=1.0).lr == 1.0
     assert str(ddpm.build_network(ddpm.preset("cifar10"), 3, None)) == str(ddpm.UNet())
@@ -3039,7 +3038,7 @@ def test_evaluation_written_out(line, count, folder, capsys):
     x = images[[len(images) * i // count for i in range(count)]] / 127.5 - 1
     generator = torch.Generator().manual_seed(ddpm.derive_seed(3, "evaluation"))
     with torch.autocast("cpu", torch.bfloat16, enabled=line == "--bf16"):
-        parts = x.chunk(math.ceil(count / 250))
+        parts = x.split(256)
         batches = [run.diffusion.bits_per_dim(run.model, part, generator=generator) for part in parts]
     bits = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     bits["L_{T-1}"] = bits["L_{t-1}"].sum(1)
