@@ -70,7 +70,7 @@ def cosine_beta_schedule(timesteps, s=0.008):
 
 def extract(coefficients, t, x):
     """Returns coefficients[t] in x's dtype, shaped (B, 1, …, 1) to broadcast against x (B, …). Raises ValueError if x
-    holds integers. gather raises for t outside 0…T−1, where indexing would count a negative t from the end."""
+    holds integers. A t outside 0…T−1 is an error of gather; indexing would count a negative t from the end."""
     if not x.is_floating_point():
         raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
     if not torch.is_tensor(t):
@@ -101,8 +101,8 @@ PREDICTIONS = ("noise", "velocity")
 
 
 class GaussianDiffusion(nn.Module):
-    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1), the losses between them and the samplers, for
-    given betas (T,).
+    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1), the training losses, and the samplers, for given
+    betas (T,).
 
     A model is any callable model(x_t, t), t being int64 (B,), that returns its prediction, shaped like x_t; with a
     learned variance also v, concatenated to the prediction's channels.
@@ -240,7 +240,7 @@ class GaussianDiffusion(nn.Module):
         """Returns mean, variance and log variance of p_θ(x_{t−1}|x_t) for a given x̂_0. The mean is μ_θ = μ̃_t(x_t, x̂_0)
         (Eq. 11). fixed_small is β̃_t, as q_posterior returns it."""
         mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # Eq. 11, and β̃_t
-        if self.variance_type == "fixed_large":  # the authors' code has log β̃_1 at t = 0, which lowers L_0
+        if self.variance_type == "fixed_large":  # at t = 0 the authors' code has log β̃_1, for a lower L_0
             variance = extract(self.betas, t, x_t)
             log_variance = extract(self.log_betas, t, x_t)
         elif self.variance_type == "learned_range":
@@ -307,9 +307,13 @@ class GaussianDiffusion(nn.Module):
         log_variance = self.sqrt_one_minus_alphas_cumprod[-1].square().log()
         kl = normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance))
         prior = kl.flatten(1).mean(1) / math.log(2)
-        bits = {"L_T": prior, "L_{t-1}": terms[:, 1:], "L_0": terms[:, 0], "total": prior + terms.sum(1)}
-        bits["squared_error"] = torch.stack(squared_errors, dim=1)
-        return bits
+        return {
+            "L_T": prior,
+            "L_{t-1}": terms[:, 1:],
+            "L_0": terms[:, 0],
+            "total": prior + terms.sum(1),
+            "squared_error": torch.stack(squared_errors, dim=1),
+        }
 
     def score(self, model, x_t, t):
         """∇_{x_t} log q(x_t) ≈ −ε_θ(x_t, t) / √(1−ᾱ_t): ε_θ is the score, up to a factor (§3.2)."""
@@ -383,9 +387,9 @@ class GaussianDiffusion(nn.Module):
 
     def dpm_solver_timesteps(self, steps):
         """Returns S = steps distinct timesteps, a list of ints decreasing from T−1: the starts of S equal steps of λ
-        down to λ_0, rounded to timesteps. They begin at λ_{T−1}, or at −5.1 if that is more: below it, where the cosine
-        schedule reaches −10, x_t is noise and a call changes nothing. With few steps none is t = 0, where a call
-        changes the image by a few grey levels only. Raises ValueError unless 1 ≤ S ≤ T."""
+        down to λ_0, rounded to timesteps. They begin at λ_{T−1}, but not below −5.1, where x_t is noise and a call
+        changes nothing: the cosine schedule reaches −10. With few steps none is t = 0, where a call changes the image
+        by a few grey levels only. Raises ValueError unless 1 ≤ S ≤ T."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"the sampling steps must lie in 1…{self.timesteps}, got {steps}")
         lambdas = np.array([self.half_log_snr(t) for t in range(self.timesteps)])
@@ -589,7 +593,7 @@ class UNet(nn.Module):
 
     Norms have up to 32 groups as in the paper if dim ≥ 128; smaller networks have up to dim/16, because many small
     groups are slow on a CPU. Raises ValueError unless image_size is a multiple of 2^(number of levels − 1) and
-    num_res_blocks above 0; forward, unless x, t and y have the same length, and for labels without num_classes."""
+    num_res_blocks > 0. forward raises it for t or y of another length than x, and for labels without num_classes."""
 
     def __init__(
         self,
@@ -616,7 +620,11 @@ class UNet(nn.Module):
 
         # Time and label
         time_dim = time_dim or 4 * dim
-        layers = OrderedDict(linear_1=nn.Linear(dim, time_dim), silu=nn.SiLU(), linear_2=nn.Linear(time_dim, time_dim))
+        layers = OrderedDict(
+            linear_1=nn.Linear(dim, time_dim),
+            silu=nn.SiLU(),
+            linear_2=nn.Linear(time_dim, time_dim),
+        )
         self.time_embedding = nn.Sequential(layers)
         self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
@@ -872,7 +880,7 @@ IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif
 
 
 def load_data(name_or_folder, image_size=32, split=None):
-    """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None. Raises ValueError if there are none.
+    """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None. Raises ValueError if a folder has none.
 
     "digits" is assets/digits.png; "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
     necessary. Anything else is a folder of images, resized and cropped to image_size; its subfolders are the classes.
@@ -1067,7 +1075,7 @@ class Config:
     batch_size: int = option(128, "images per step, over all processes together")
     lr: float = option(6e-3, "Adam's learning rate")
     warmup: int = option(50, "steps over which the learning rate rises linearly", type=int)
-    lr_decay: str = option("linear", "after the warm-up; linear falls to 0", choices=("constant", "linear"))
+    lr_decay: str = option("linear", "linear: multiplied by 1 − step/steps", choices=("constant", "linear"))
     grad_clip: float = option(1.0, "the gradient's norm is clipped at this value; 0 does not clip")
     ema_decay: float = option(0.9999, "decay of the averaged weights; at step n at most (1 + n)/(10 + n)")
     flip: bool = option(False, "mirror half of the images left to right")
@@ -1146,8 +1154,8 @@ def pick_device(name):
 
 
 def autocast(config, device):
-    """A context manager for bfloat16, if config.bf16 says so (default: where the processor supports it natively). A CPU
-    with such instructions trains the paper's network 1.6 times as fast; on small networks they gain nothing."""
+    """A context manager for bfloat16, if config.bf16 says so (default: on a GPU or CPU that computes in it natively).
+    Such a CPU trains the paper's network 1.6 times as fast; on small networks bfloat16 gains nothing."""
     enabled = config.bf16
     if enabled is None and device.type == "cuda":
         enabled = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1187,7 +1195,7 @@ def rank_and_world_size():
 
 
 def join_processes(config, device):
-    """Joins the processes that torchrun started, if it did, and returns rank_and_world_size. Raises ValueError if they
+    """Initialises the process group under torchrun. Returns rank and world size. Raises ValueError if the processes
     can't share a batch equally."""
     rank, world_size = rank_and_world_size()
     if config.batch_size % world_size:
@@ -1291,7 +1299,7 @@ def make_grid_image(pixels, columns):
 # ---- 9. From a run to images -----------------------------------------------------------------------------------------
 
 SAMPLERS = ("dpm-solver", "ddim", "ddpm")
-MAX_COLUMNS = 16  # a grid has a column for each class, up to this many classes
+MAX_COLUMNS = 16  # with more classes, the grids of training show the first 16, and samples.png is square
 
 
 @dataclass
@@ -1324,8 +1332,8 @@ class Run:
     def trajectory(self, count, labels=None, seed=0, sampler="dpm-solver", sampling_steps=None, eta=0.0, guidance=0.0):
         """Returns an iterator that yields count images after each sampling step, at last x_0. All noise of image i
         is drawn from seed + i, so that an image does not depend on the others. labels is (count,) or None.
-        sampling_steps is S (default: for DPM-Solver 10, for DDIM 50, or T if that is less; for Algorithm 2 T, fewer by
-        respace)."""
+        sampling_steps is S (default: 10 for DPM-Solver, 50 for DDIM, both at most T; T for Algorithm 2, which takes
+        fewer by respace)."""
         generators = [torch.Generator(self.device).manual_seed(seed + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
         x_t = sample_noise(self.diffusion.betas.new_empty(shape), generators)
@@ -1352,8 +1360,8 @@ class Run:
         return diffusion.dpm_solver_sample_steps(model, x_t, sampling_steps)
 
     def labels(self, count, label=None):
-        """(count,) labels: every class in turn, or the one of the given name or, unless names are numbers, number; None
-        without labels. Raises ValueError if there is no such class."""
+        """Labels (count,): every class in turn, or the one called label; its number will do unless the names are
+        numbers. None for a network without labels. Raises ValueError if there is no such class."""
         if label is None:
             return torch.arange(count) % self.model.num_classes if self.model.num_classes else None
         known = {name: i for i, name in enumerate(self.classes or [])}
@@ -1430,7 +1438,7 @@ def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, i
     if world_size == 1:
         paths.append(folder.with_name("samples.png"))
         make_grid_image(torch.cat(drawn), columns).save(paths[-1])
-    if frames:  # about 60 of them, 0.1 s each; the last one stays for 2 s
+    if frames:  # at most 61 of them, 0.1 s each; the last one stays for 2 s
         chosen = [*frames[: -1 : math.ceil(len(frames) / 60)], frames[-1]]
         durations = [100] * (len(chosen) - 1) + [2000]
         grids = [make_grid_image(frame, columns) for frame in chosen]
@@ -1501,8 +1509,8 @@ def describe_network(network):
 
 @torch.no_grad()
 def copy_weights(source, target):
-    """Copies the weights between a UNet and a UNet2DModel, in which v is 2v − 1. Raises ValueError, naming the fields
-    of config.json that differ, unless both then return the same for a random input."""
+    """Copies the weights between a UNet and a UNet2DModel, whose v is 2v − 1 for our v. Raises ValueError, naming the
+    fields of config.json that differ, unless both then return the same for a random input."""
     network, published = (source, target) if isinstance(source, UNet) else (target, source)
     weights = {name: weight.clone() for name, weight in source.state_dict().items()}
     v_weight = weights["conv_out.weight"][network.image_channels :]
