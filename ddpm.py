@@ -47,6 +47,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # ---- 1. Noise schedules ----------------------------------------------------------------------------------------------
@@ -905,8 +908,6 @@ def load_digits():
     path = Path(__file__).parent / "assets" / "digits.png"
     if not path.exists():
         raise ValueError(f"digits needs {path}, which comes with ddpm.py's repository; --data takes a folder of images")
-    from torchvision.transforms.functional import pil_to_tensor
-
     sheet = pil_to_tensor(Image.open(path))[0]
     tiles = sheet.reshape(10, 8, -1, 8).transpose(1, 2)  # (10, tiles in a row, 8, 8)
     labels, columns = torch.nonzero(tiles.flatten(2).any(2), as_tuple=True)
@@ -916,8 +917,6 @@ def load_digits():
 
 def load_torchvision(name):
     """torchvision's training set, and its test set, which is held out."""
-    from torchvision import datasets  # here, because it takes as long to import as all the rest
-
     dataset_class = getattr(datasets, TORCHVISION[name])
     try:
         parts = [dataset_class("data", train=train, download=True) for train in (True, False)]
@@ -975,8 +974,6 @@ def load_folder(folder, image_size):
 
 def read_image(content, image_size):
     """The bytes of an image file as RGB, uint8 (3, image_size, image_size), upright, on white where transparent."""
-    from torchvision.transforms.functional import pil_to_tensor
-
     image = Image.open(io.BytesIO(content))
     image.draft(None, (4 * image_size, 4 * image_size))  # a large JPEG is reduced as it is decoded: 25 times as fast
     image = ImageOps.exif_transpose(image)
@@ -1094,9 +1091,22 @@ class Config:
 
 
 # The paper's appendix B for CIFAR-10, and settings for other datasets; Config's defaults are those of the digits.
-PAPER = dict(image_size=32, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,), dropout=0.1)
-PAPER.update(conditional=False, flip=True, steps=800_000, lr=2e-4, warmup=5000, lr_decay="constant")
-PAPER.update(sample_every=10_000, checkpoint_every=5000)
+PAPER = dict(
+    image_size=32,
+    dim=128,
+    dim_mults=(1, 2, 2, 2),
+    num_res_blocks=2,
+    attn_resolutions=(16,),
+    dropout=0.1,
+    conditional=False,
+    flip=True,
+    steps=800_000,
+    lr=2e-4,
+    warmup=5000,
+    lr_decay="constant",
+    sample_every=10_000,
+    checkpoint_every=5000,
+)
 GPU = dict(PAPER, conditional=True, flip=False, schedule="cosine", prediction="velocity")
 GPU.update(steps=50_000, warmup=500, sample_every=1000, checkpoint_every=1000)
 SMALL = dict(schedule="cosine", prediction="velocity", batch_size=32, warmup=200, sample_every=1000)
@@ -1108,8 +1118,7 @@ PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, f
 def preset(data, name=None, **changes):
     """The default Config of a dataset, with changes to its fields. name selects another preset than the dataset's."""
     own = data if data in DATASETS else "folder"
-    settings = dict(PRESETS[name or own], data=data)
-    return Config(**{**settings, **changes})
+    return Config(**{**PRESETS[name or own], "data": data, **changes})
 
 
 def build_diffusion(config):
@@ -1287,9 +1296,6 @@ def read_checkpoint(out):
 def make_grid_image(pixels, columns):
     """Images, uint8 (N, C, H, W), as one PIL image (default: a square grid), row by row, with grey lines between them;
     small images are enlarged."""
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-
     columns = columns or math.ceil(len(pixels) ** 0.5)
     grid = make_grid(pixels, nrow=columns, padding=1, pad_value=64)
     zoom = max(1, 32 // pixels.shape[3])
@@ -1388,8 +1394,6 @@ def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, i
 
     Image i depends on seed and i only, to rounding: not on the count, the batches, or the processes that share them.
     Several processes write individual images only."""
-    from torchvision.transforms.functional import to_pil_image
-
     rank, world_size = rank_and_world_size()
     guidance = how.get("guidance", 0)
     if how.get("eta", 0) != 0 and how.get("sampler") != "ddim":
