@@ -1649,8 +1649,13 @@ def parse(arguments):
     known, _ = first.parse_known_args(arguments)
 
     usage = f"python ddpm.py --{mode} ..." if mode else "python ddpm.py MODE ... (MODE --help shows its options)"
-    style = dict(usage=usage, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser("ddpm.py", parents=[first], **style)
+    parser = argparse.ArgumentParser(
+        "ddpm.py",
+        usage=usage,
+        parents=[first],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     modes = parser.add_mutually_exclusive_group(required=True)
     modes.add_argument("--train", action="store_true", help="train a network")
     modes.add_argument("--sample", type=positive_int, metavar="N", help="draw N samples from a trained network")
