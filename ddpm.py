@@ -713,7 +713,7 @@ class UNet(nn.Module):
 def train(config, checkpoint=None, watch=None):
     """Algorithm 1, with Adam, a moving average of the weights (EMA), a log and checkpoints. Returns the run's folder.
     checkpoint, from read_checkpoint, resumes a run. watch(run, step) is called every config.sample_every steps and at
-    the end (default: Run.write_grid). Under torchrun, each process computes its share of every batch, rank 0 writes.
+    the end (default: Run.write_grid). Under torchrun the processes share each batch; only rank 0 writes and returns.
 
     A resumed run equals an uninterrupted one, bit for bit on a CPU: a step depends on (seed, step, rank) alone. SIGINT,
     SIGTERM and SIGHUP end it after a step, with a checkpoint and KeyboardInterrupt. Raises ValueError if the loss or
@@ -828,7 +828,7 @@ def train(config, checkpoint=None, watch=None):
             since = time.perf_counter()
 
     if world_size > 1:
-        time.sleep(0.2)  # lets the threads of the group finish: torch 2.6 may wait for them forever
+        time.sleep(0.2)  # without this pause torch 2.6 may hang in the next line
         dist.destroy_process_group()
     if stop and done < config.steps and rank == 0:
         resume = f"python ddpm.py --train --resume --out={shlex.quote(str(out))}"
