@@ -357,7 +357,8 @@ class GaussianDiffusion(nn.Module):
         alpha_bar_s = self.alpha_bars[prev_t]
         sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
         mean = self.ddim_mean(pred_x_start, predicted_noise, prev_t, sigma)
-        return mean + sigma * sample_noise(x_t, generator, noise)
+        z = 0.0 if eta == 0 and noise is None else sample_noise(x_t, generator, noise)
+        return mean + sigma * z
 
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
         """DDIM from x_T = x_t step by step: yields as many tensors as steps, the last of which is x_0."""
@@ -665,7 +666,6 @@ class UNet(nn.Module):
                 level.upsamplers.append(Upsample(width))
             self.up_blocks.append(level)
 
-        # Out
         self.conv_norm_out = group_norm(channels, groups)
         self.conv_out = zero(nn.Conv2d(channels, image_channels * (2 if learned_variance else 1), 3, padding=1))
 
