@@ -457,8 +457,8 @@ def schedules(settings):
 def attention(settings):
     """Exercise 2: what is self-attention worth?"""
     config = ddpm.preset(settings.data)
-    lowest = config.image_size // 2 ** (len(config.dim_mults) - 1)
-    return compare(settings, {"with": dict(attn_resolutions=(lowest,)), "without": dict(attn_resolutions=())})
+    levels = config.attn_resolutions or (config.image_size // 2,)
+    return compare(settings, {"with attention": dict(attn_resolutions=levels), "without": dict(attn_resolutions=())})
 
 
 def objectives(settings):

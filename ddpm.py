@@ -124,9 +124,10 @@ class GaussianDiffusion(nn.Module):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if not ((betas > 0) & (betas < 1)).all() or not dtype.is_floating_point:
             raise ValueError(f"betas must lie between 0 and 1 as floats, got {betas.min():g}…{betas.max():g}, {dtype}")
-        for value, choices in ((variance, VARIANCES), (loss, LOSSES), (prediction, PREDICTIONS)):
+        options = dict(variance=(variance, VARIANCES), loss=(loss, LOSSES), prediction=(prediction, PREDICTIONS))
+        for name, (value, choices) in options.items():
             if value not in choices:
-                raise ValueError(f"{value!r} is not one of {', '.join(choices)}")
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         self.timesteps = len(betas)
         self.variance_type = variance
         self.loss_type = loss
@@ -211,7 +212,7 @@ class GaussianDiffusion(nn.Module):
 
     def predict_noise(self, x_t, t, x_start):
         """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t): Eq. 4 solved for ε."""
-        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start
+        noise_part = x_t - extract(self.sqrt_alphas_cumprod, t, x_t) * x_start.view_as(x_t)
         return noise_part / extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
 
     def predict(self, model, x_t, t, clip_denoised=False):
@@ -624,11 +625,7 @@ class UNet(nn.Module):
 
         # Time and label
         time_dim = time_dim or 4 * dim
-        layers = OrderedDict(
-            linear_1=nn.Linear(dim, time_dim),
-            silu=nn.SiLU(),
-            linear_2=nn.Linear(time_dim, time_dim),
-        )
+        layers = OrderedDict(linear_1=nn.Linear(dim, time_dim), silu=nn.SiLU(), linear_2=nn.Linear(time_dim, time_dim))
         self.time_embedding = nn.Sequential(layers)
         self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
@@ -883,7 +880,7 @@ IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif
 
 
 def load_data(name_or_folder, image_size=32, split=None):
-    """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None. Raises ValueError if a folder has none.
+    """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None. Raises ValueError if they can't be read.
 
     "digits" is assets/digits.png; "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
     necessary. Anything else is a folder of images, resized and cropped to image_size; its subfolders are the classes.
@@ -1118,7 +1115,10 @@ PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, f
 def preset(data, name=None, **changes):
     """The default Config of a dataset, with changes to its fields. name selects another preset than the dataset's."""
     own = data if data in DATASETS else "folder"
-    return Config(**{**PRESETS[name or own], "data": data, **changes})
+    settings = dict(PRESETS[name or own], data=data)
+    if data in DATASETS:  # whose images have one size
+        settings["image_size"] = PRESETS[data].get("image_size", Config.image_size)
+    return Config(**{**settings, **changes})
 
 
 def build_diffusion(config):
@@ -1150,7 +1150,7 @@ def derive_seed(seed, use, *numbers):
 
 
 def pick_device(name):
-    """The device of that name (default: CUDA, else MPS, else the CPU). Under torchrun, "cuda" is each process's own
+    """The device of that name (None: CUDA, else MPS, else the CPU). Under torchrun, "cuda" is each process's own
     GPU. Enables TF32 on CUDA."""
     if name is None:
         name = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1247,10 +1247,11 @@ def new_folder(config):
         out.mkdir(parents=True, exist_ok=True)
         return out
     name = Path(config.data).resolve().name
+    Path("runs").mkdir(exist_ok=True)
     for n in itertools.count(1):
         out = Path("runs", name if n == 1 else f"{name}-{n}")
         with suppress(FileExistsError):
-            out.mkdir(parents=True)
+            out.mkdir()
             return out
 
 
@@ -1294,8 +1295,7 @@ def read_checkpoint(out):
 
 
 def make_grid_image(pixels, columns):
-    """Images, uint8 (N, C, H, W), as one PIL image (default: a square grid), row by row, with grey lines between them;
-    small images are enlarged."""
+    """Images, uint8 (N, C, H, W), as one PIL image, row by row; small ones are enlarged. columns=None: a square."""
     columns = columns or math.ceil(len(pixels) ** 0.5)
     grid = make_grid(pixels, nrow=columns, padding=1, pad_value=64)
     zoom = max(1, 32 // pixels.shape[3])
@@ -1467,7 +1467,7 @@ def evaluate(run, count, seed):
 
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
     batches = []
-    for pixels in tqdm(images.split(256), unit=" batches", disable=None):
+    for pixels in tqdm(images.chunk(math.ceil(len(images) / 256)), unit=" batches", disable=None):
         with autocast(run.config, run.device):
             x_start = to_model(pixels.to(run.device))
             batches.append(run.diffusion.bits_per_dim(run.model, x_start, generator=generator))
@@ -1477,7 +1477,7 @@ def evaluate(run, count, seed):
     print(f"{len(images)} held-out images of {run.config.data}, in bits/dim:")
     bits["L_1 … L_{T-1}"] = bits["L_{t-1}"].sum(1)
     for name in ("L_T", "L_1 … L_{T-1}", "L_0", "total"):
-        error = bits[name].std() / len(images) ** 0.5
+        error = bits[name].std(correction=min(1, len(images) - 1)) / len(images) ** 0.5
         print(f"  {name:13} {bits[name].mean():.4f} ± {error:.4f}")
 
 
