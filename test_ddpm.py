@@ -3018,12 +3018,13 @@ def test_classes_are_chosen_by_name_or_number(folder):
 
 
 def test_the_default_number_of_sampling_steps(folder):
-    """10 for DPM-Solver++, 50 for DDIM, T for Algorithm 2, and T if that is less."""
+    """10 for DPM-Solver++, 50 for DDIM, T for Algorithm 2, and T if that is less. The seed is 0."""
     for timesteps, want in ((4, [4, 4, 4]), (60, [10, 50, 60])):
         assert cli(f"{TINY} --timesteps {timesteps} --label-dropout 0 --out run{timesteps}") == 0
         assert cli(f"--sample 1 --out run{timesteps}") == 0
         run = ddpm.Run.read(f"run{timesteps}", device="cpu")
         assert [len(list(run.trajectory(1, sampler=each))) for each in ddpm.SAMPLERS] == want
+        assert torch.equal(ddpm.last(run.trajectory(1)), ddpm.last(run.trajectory(1, seed=0)))
 
 
 @pytest.mark.parametrize("line, count", [("", 100), ("--bf16", 30), ("--no-conditional", 1), (MNIST, 260)])
