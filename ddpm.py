@@ -10,7 +10,7 @@ Equations, algorithms and sections are the paper's unless another paper is named
 t is 0…T−1, everywhere: the paper's t minus 1. t = −1 is x_0, where ᾱ = 1. (The names x_0, x_T and L_0 … L_T keep the
 paper's numbers.) An argument t is int64 (B,), or one int for all images. Images are float (B, C, H, W) in [−1, 1].
 
-    python ddpm.py --train         # train on handwritten digits: any machine, a few minutes
+    python ddpm.py --train         # train on handwritten digits: any machine, about a minute
     python ddpm.py --sample 64     # draw samples from the trained network; --train --data FOLDER trains on your images
     python ddpm.py --help          # everything else
 """
@@ -229,8 +229,8 @@ class GaussianDiffusion(nn.Module):
         if self.variance_type == "learned_range":
             prediction, v = prediction.chunk(2, dim=1)
 
-        predicted_noise = prediction
         if self.prediction_type == "noise":
+            predicted_noise = prediction
             pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
         else:  # √ᾱ_t x_t − √(1−ᾱ_t) velocity, and √ᾱ_t velocity + √(1−ᾱ_t) x_t
             pred_x_start = self.q_sample(x_t, t, -prediction)
@@ -333,9 +333,8 @@ class GaussianDiffusion(nn.Module):
 
     # -- Fewer steps: DDIM --
     def ddim_timesteps(self, steps):
-        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, the only one
-        at which the network was trained on pure noise ("trailing", Lin et al., 2023). Raises ValueError unless
-        1 ≤ S ≤ T."""
+        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, where alone the
+        network has seen pure noise ("trailing", Lin et al., 2023). Raises ValueError unless 1 ≤ S ≤ T."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"the sampling steps must lie in 1…{self.timesteps}, got {steps}")
         return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
@@ -590,6 +589,7 @@ class Level(nn.Module):
             self.attentions.append(AttentionBlock(out_channels, groups) if attention else nn.Identity())
 
     def layers(self):
+        """Each residual block, and the attention that follows it or the identity."""
         return zip(self.resnets, self.attentions, strict=True)
 
 

@@ -1,6 +1,6 @@
 """The proof of ddpm.py: each equation of the papers against an independent derivation.
 
-    pytest                          # about 100 seconds on two CPU cores
+    pytest                          # about a minute on two CPU cores
     DDPM_TEST_SEED=7 pytest         # the same tests with other random numbers
     DDPM=path/to/other.py pytest    # the mathematical part alone, on another implementation with the same names
 
