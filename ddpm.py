@@ -1,9 +1,8 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel, 2020) in one file, with DDIM, DPM-Solver++ and guidance.
 
 Read it beside the paper, from top to bottom:
-    1 noise schedules   2 diffusion: the loss, Algorithm 2, faster samplers, the bound   3 guidance   4 network
-    5 training: Algorithm 1
-and stop there, or go on to what runs it:
+    1 noise schedules   2 diffusion: loss, Algorithm 2, bound, DDIM   3 guidance   4 network   5 training: Algorithm 1
+The rest runs it:
     6 data   7 configuration   8 devices and files   9 from a run to images   10 published weights   11 command line
 
 Equations, algorithms and sections are the paper's unless another paper is named.
@@ -34,7 +33,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -52,33 +51,30 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+
 # ---- 1. Noise schedules ----------------------------------------------------------------------------------------------
-
-
 def linear_beta_schedule(timesteps, start=0.0001, end=0.02):
     """β_t evenly spaced from start to end (§4). Returns (T,) float64. The defaults assume T = 1000."""
     return torch.linspace(start, end, timesteps, dtype=torch.float64)
 
 
 def cosine_beta_schedule(timesteps, s=0.008):
-    """β_t = 1 − ᾱ_t/ᾱ_{t−1}, at most 0.999, with ᾱ_{t−1} = f(t)/f(0) and f(t) = cos²((t/T + s)/(1 + s) · π/2)
-    (Improved DDPM Eq. 17). Returns (T,) float64."""
+    """β_t = 1 − ᾱ_t/ᾱ_{t−1}, at most 0.999, with ᾱ_{t−1} = f(t)/f(0) and f(t) = cos²((t/T + s)/(1 + s) · π/2), (T,)
+    float64 (Improved DDPM Eq. 17)."""
     t = torch.arange(timesteps + 1, dtype=torch.float64)
     f = torch.cos((t / timesteps + s) / (1 + s) * math.pi / 2).square()
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
 # ---- 2. Diffusion ----------------------------------------------------------------------------------------------------
-
-
 def extract(coefficients, t, x):
     """Returns coefficients[t] in x's dtype, shaped (B, 1, …, 1) to broadcast against x (B, …). Raises ValueError if x
-    holds integers. A t outside 0…T−1 is an error of gather; indexing would count a negative t from the end."""
+    holds integers. (gather refuses a negative t, which indexing would count from the end.)"""
     if not x.is_floating_point():
         raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
-    if not torch.is_tensor(t):
-        t = torch.full((len(x),), t, device=x.device)
-    return coefficients.gather(0, t).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+    t = torch.as_tensor(t, device=x.device).expand(len(x))
+    values = coefficients.gather(0, t).to(x.dtype)
+    return values.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def sample_noise(like, generator=None, noise=None):
@@ -104,8 +100,7 @@ PREDICTIONS = ("noise", "velocity")
 
 
 class GaussianDiffusion(nn.Module):
-    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1), the training losses, and the samplers, for given
-    betas (T,).
+    """The forward process q (Eq. 2), the reverse process p_θ (Eq. 1), the losses and the samplers for betas (T,).
 
     A model is any callable model(x_t, t), t being int64 (B,), that returns its prediction, shaped like x_t; with a
     learned variance also v, concatenated to the prediction's channels.
@@ -113,21 +108,26 @@ class GaussianDiffusion(nn.Module):
     prediction: "noise" is ε_θ; "velocity" is √ᾱ_t ε − √(1−ᾱ_t) x_0, known as v-prediction (Salimans & Ho, 2022, §4).
     variance is σ_t² of p_θ (§3.2): "fixed_large" is β_t, optimal if x_0 ~ N(0, I); "fixed_small" is β̃_t, optimal if
     x_0 is a single point; "learned_range" interpolates between their logarithms with v (Improved DDPM Eq. 15).
-    loss: "simple" is Eq. 14; "bound" is Eq. 5.
-    dtype is that of the coefficients, which are computed in float64. They are buffers outside the state dict.
+    loss: "simple" is Eq. 14; "bound" is Eq. 5. dtype is that of the coefficients, buffers outside the state dict.
 
     Raises ValueError unless 0 < β_t < 1 and dtype is a float type, and for an unknown option. Warns if √ᾱ_{T−1} > 0.05:
     x_T then still contains x_0, so that sampling from N(0, I) starts from the wrong distribution."""
 
-    def __init__(self, betas, variance="fixed_large", loss="simple", dtype=torch.float32, prediction="noise"):
+    def __init__(
+        self,
+        betas,
+        variance="fixed_large",
+        loss="simple",
+        dtype=torch.float32,
+        prediction="noise",
+    ):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if not ((betas > 0) & (betas < 1)).all() or not dtype.is_floating_point:
             raise ValueError(f"betas must lie between 0 and 1 as floats, got {betas.min():g}…{betas.max():g}, {dtype}")
-        options = dict(variance=(variance, VARIANCES), loss=(loss, LOSSES), prediction=(prediction, PREDICTIONS))
-        for name, (value, choices) in options.items():
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        for option, choices in ((variance, VARIANCES), (loss, LOSSES), (prediction, PREDICTIONS)):
+            if option not in choices:
+                raise ValueError(f"{option!r} must be one of {', '.join(choices)}")
         self.timesteps = len(betas)
         self.variance_type = variance
         self.loss_type = loss
@@ -140,11 +140,11 @@ class GaussianDiffusion(nn.Module):
         posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
         self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # float64 for the samplers; index −1 is x_0
 
-        # β̃_0 = 0 has no logarithm; like the authors' code, use that of β̃_1 (of β_0 if T = 1).
+        # β̃_0 = 0 has no logarithm: as in the authors' code, that of β̃_1 (if T = 1, of β_0)
         positive_variance = posterior_variance.clone()
         positive_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
 
-        # The coefficients of the formulas below, each indexed by t. posterior_mean_… are the factors of Eq. 7.
+        # The factors of the formulas below; posterior_mean_… are those of Eq. 7
         coefficients = dict(
             betas=betas,
             log_betas=betas.log(),
@@ -162,8 +162,7 @@ class GaussianDiffusion(nn.Module):
 
         signal_left = math.sqrt(alphas_cumprod[-1])
         if signal_left > 0.05:
-            message = f"√ᾱ_{{T−1}} = {signal_left:.3f}, so x_T still contains x_0: more or larger betas make it < 0.05"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(f"√ᾱ_{{T−1}} = {signal_left:.3f} is above 0.05: x_T still contains x_0", stacklevel=2)
 
     # -- Forward process --
     def q_sample(self, x_start, t, noise=None):
@@ -176,8 +175,11 @@ class GaussianDiffusion(nn.Module):
         """Returns mean, variance and log variance of q(x_{t−1}|x_t, x_0) (Eq. 6, 7):
         μ̃_t = √ᾱ_{t−1} β_t/(1−ᾱ_t) · x_0 + √α_t (1−ᾱ_{t−1})/(1−ᾱ_t) · x_t and β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) · β_t.
         At t = 0 the variance is 0, and its logarithm is replaced by that at t = 1."""
-        mean = extract(self.posterior_mean_x_start, t, x_t) * x_start + extract(self.posterior_mean_x_t, t, x_t) * x_t
-        return mean, extract(self.posterior_variance, t, x_t), extract(self.posterior_log_variance, t, x_t)
+        mean = extract(self.posterior_mean_x_start, t, x_t) * x_start
+        mean = mean + extract(self.posterior_mean_x_t, t, x_t) * x_t
+        variance = extract(self.posterior_variance, t, x_t)
+        log_variance = extract(self.posterior_log_variance, t, x_t)
+        return mean, variance, log_variance
 
     # -- Training loss --
     def p_losses(self, model, x_start, t, noise=None):
@@ -196,7 +198,6 @@ class GaussianDiffusion(nn.Module):
         # A velocity's error: √ᾱ_t (ε − ε_θ) − √(1−ᾱ_t) (x_0 − x̂_0), which Eq. 4 computes
         if self.prediction_type == "velocity":
             loss = self.q_sample(noise - predicted_noise, t, pred_x_start - x_start).square().mean()
-        # Eq. 5, or L_hybrid
         if self.loss_type == "bound":
             loss = self.timesteps * self.bound_term(x_start, x_t, t, pred_x_start, v).mean()
         elif v is not None:
@@ -206,7 +207,7 @@ class GaussianDiffusion(nn.Module):
 
     # -- Reverse process --
     def predict_x_start(self, x_t, t, noise):
-        """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ) / √ᾱ_t (Eq. 15): Eq. 4 solved for x_0."""
+        """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ) / √ᾱ_t (Eq. 15)."""
         signal_part = x_t - extract(self.sqrt_one_minus_alphas_cumprod, t, x_t) * noise.view_as(x_t)
         return signal_part / extract(self.sqrt_alphas_cumprod, t, x_t)
 
@@ -217,17 +218,12 @@ class GaussianDiffusion(nn.Module):
 
     def predict(self, model, x_t, t, clip_denoised=False):
         """Calls the model. Returns x̂_0, ε_θ, and v (None if the variance is fixed), in x_t's dtype. clip_denoised
-        clamps x̂_0 to [−1, 1]; ε_θ is then recomputed from it and x_t (Eq. 4). Raises ValueError if the model returns
-        another shape."""
-        t = t if torch.is_tensor(t) else torch.full((len(x_t),), t, device=x_t.device)
-        prediction = model(x_t, t).to(x_t.dtype)
-        channels = x_t.shape[1] * (2 if self.variance_type == "learned_range" else 1)
-        wanted = (len(x_t), channels, *x_t.shape[2:])
-        if prediction.shape != wanted:
-            raise ValueError(f"the model must return {wanted} for {self.variance_type}, got {tuple(prediction.shape)}")
-        v = None
-        if self.variance_type == "learned_range":
-            prediction, v = prediction.chunk(2, dim=1)
+        clamps x̂_0 to [−1, 1]; ε_θ is then recomputed from it and x_t (Eq. 4). Another shape is an error of view."""
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        parts = 2 if self.variance_type == "learned_range" else 1
+        output = model(x_t, t).to(x_t.dtype)
+        prediction, *v = output.view(len(x_t), parts, *x_t.shape[1:]).unbind(1)
+        v = v[0] if v else None
 
         if self.prediction_type == "noise":
             predicted_noise = prediction
@@ -309,7 +305,8 @@ class GaussianDiffusion(nn.Module):
         # L_T = KL(q(x_T|x_0) ‖ N(0, I))
         mean = self.sqrt_alphas_cumprod[-1] * x_start
         log_variance = self.sqrt_one_minus_alphas_cumprod[-1].square().log()
-        kl = normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance))
+        zero = torch.zeros_like(mean)
+        kl = normal_kl(mean, log_variance, zero, zero)
         prior = kl.flatten(1).mean(1) / math.log(2)
         return {
             "L_T": prior,
@@ -328,7 +325,9 @@ class GaussianDiffusion(nn.Module):
         """Diffuse two images to the same int t, mix them, (1−λ) x_t + λ x'_t with λ = weight, and denoise from t
         (Fig. 8). Both get the same noise, which the paper leaves open, so that the mixture has t's noise level."""
         noise = sample_noise(x_start_a, generator, noise)
-        x_t = (1 - weight) * self.q_sample(x_start_a, t, noise) + weight * self.q_sample(x_start_b, t, noise)
+        x_t_a = self.q_sample(x_start_a, t, noise)
+        x_t_b = self.q_sample(x_start_b, t, noise)
+        x_t = (1 - weight) * x_t_a + weight * x_t_b
         return last(self.p_sample_steps(model, x_t, t, generator=generator))
 
     # -- Fewer steps: DDIM --
@@ -345,11 +344,20 @@ class GaussianDiffusion(nn.Module):
         return math.sqrt(alpha_bar_s) * pred_x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * predicted_noise
 
     @torch.no_grad()
-    def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
+    def ddim_sample(
+        self,
+        model,
+        x_t,
+        t,
+        prev_t,
+        eta=0.0,
+        clip_denoised=True,
+        noise=None,
+        generator=None,
+    ):
         """One step of DDIM from t to an earlier s = prev_t, both ints (DDIM Eq. 12, 16):
-        x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z with σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s).
-        η = 0 is deterministic; η = 1 over all T steps is Algorithm 2 with σ_t² = β̃_t. Raises ValueError unless
-        −1 ≤ s < t and 0 ≤ η ≤ 1."""
+        x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z with σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s). η = 0 is deterministic;
+        η = 1 over all T steps is Algorithm 2 with σ_t² = β̃_t. Raises ValueError unless −1 ≤ s < t and 0 ≤ η ≤ 1."""
         if not (-1 <= prev_t < t and 0 <= eta <= 1):
             raise ValueError(f"DDIM needs -1 <= prev_t < t and 0 <= eta <= 1, got t={t}, prev_t={prev_t}, eta={eta}")
         pred_x_start, predicted_noise, _ = self.predict(model, x_t, t, clip_denoised)
@@ -374,8 +382,7 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def ddim_encode_loop(self, model, x_start, steps, clip_denoised=True):
         """DDIM's step with η = 0 upwards in S = steps steps, from x_0 to the x_T from which ddim_sample_loop returns
-        x_0, up to an error that falls as 1/S (DDIM §4.3). The network has seen no image without noise: ε_θ(x_0) is
-        evaluated at t = 0."""
+        x_0, up to an error that falls as 1/S (DDIM §4.3). ε_θ(x_0) is evaluated at t = 0."""
         timesteps = self.ddim_timesteps(steps)[::-1]
         _, predicted_noise, _ = self.predict(model, x_start, 0)
         x_t = self.ddim_mean(x_start, predicted_noise, timesteps[0])
@@ -392,16 +399,13 @@ class GaussianDiffusion(nn.Module):
     def dpm_solver_timesteps(self, steps):
         """Returns S = steps distinct timesteps, a list of ints decreasing from T−1: the starts of S equal steps of λ
         down to λ_0, rounded to timesteps. They begin at λ_{T−1}, but not below −5.1, where x_t is noise and a call
-        changes nothing: the cosine schedule reaches −10. With few steps none is t = 0, where a call changes the image
-        by a few grey levels only. Raises ValueError unless 1 ≤ S ≤ T."""
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"the sampling steps must lie in 1…{self.timesteps}, got {steps}")
+        changes nothing: the cosine schedule reaches −10. Raises ValueError unless 1 ≤ S ≤ T."""
+        timesteps = self.ddim_timesteps(steps)[:1]  # T−1
         lambdas = np.array([self.half_log_snr(t) for t in range(self.timesteps)])
         even = np.linspace(max(lambdas[-1], -5.1), lambdas[0], steps, endpoint=False)
-        timesteps = [self.timesteps - 1]
         for i in range(1, steps):
             nearest = int(np.abs(lambdas - even[i]).argmin())
-            # Distinct: below the timestep before, and with room for those after it
+            # Below the timestep before, and with room for those after it
             timesteps.append(min(timesteps[-1] - 1, max(nearest, steps - 1 - i)))
         return timesteps
 
@@ -409,9 +413,7 @@ class GaussianDiffusion(nn.Module):
     def dpm_solver_sample_steps(self, model, x_t, steps, clip_denoised=True):
         """DPM-Solver++(2M) step by step (Lu et al., 2022): DDIM's step with η = 0 from t to s, but x̂_0 is extrapolated
         from x̂_0(x_t) and x̂_0(x_r), r > t being the previous step's: x̂_0(x_t) + h/(2h′) (x̂_0(x_t) − x̂_0(x_r)) with
-        h = λ_s − λ_t and h′ = λ_t − λ_r. ε is then recomputed from it and x_t (Eq. 4). The first step and the last, to
-        x_0 where λ = ∞, are DDIM's. Before the last step the error falls as 1/S², until the rounding of timesteps
-        counts."""
+        h = λ_s − λ_t and h′ = λ_t − λ_r; then ε from it and x_t (Eq. 4). The first and the last step are DDIM's."""
         r = pred_x_start_r = None  # the previous step's timestep, and x̂_0 there
         for t, s in itertools.pairwise([*self.dpm_solver_timesteps(steps), -1]):
             pred_x_start, predicted_noise, _ = self.predict(model, x_t, t, clip_denoised)
@@ -438,7 +440,8 @@ class GaussianDiffusion(nn.Module):
         """Algorithm 2 in S = steps steps (Improved DDPM §4). Returns a diffusion over ddim_timesteps(S) only, whose
         β' = 1 − ᾱ_t/ᾱ_s for neighbours s < t, and the model for it, which sees the original t."""
         timesteps = self.ddim_timesteps(steps)[::-1]
-        betas = [1 - self.alpha_bars[t] / self.alpha_bars[s] for s, t in itertools.pairwise([-1, *timesteps])]
+        neighbours = itertools.pairwise([-1, *timesteps])
+        betas = [1 - self.alpha_bars[t] / self.alpha_bars[s] for s, t in neighbours]
         diffusion = GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype, self.prediction_type)
         original_t = torch.tensor(timesteps, device=self.betas.device)
         return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
@@ -467,8 +470,6 @@ def discretized_gaussian_log_likelihood(x, mean, log_variance):
 
 
 # ---- 3. Guidance -----------------------------------------------------------------------------------------------------
-
-
 def classifier_free_guidance(model, labels, scale):
     """ε̃ = (1 + w) ε_θ(x_t, c) − w ε_θ(x_t), w = scale (Ho & Salimans, 2022). Returns a model(x_t, t) for any sampler.
 
@@ -514,7 +515,7 @@ def sinusoidal_position_embeddings(t, dim):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with a residual connection; the time embedding is added between them."""
+    """Two convolutions with a residual connection, and the time embedding between them."""
 
     def __init__(self, in_channels, out_channels, time_dim, dropout, groups):
         super().__init__()
@@ -547,8 +548,10 @@ class AttentionBlock(nn.Module):
     def forward(self, x):
         h = self.group_norm(x).flatten(2).mT  # (B, HW, C)
         # Plain products: F.scaled_dot_product_attention is slower in bfloat16 at these small sizes.
-        similarity = (self.to_q(h) / math.sqrt(h.shape[2])) @ self.to_k(h).mT  # (B, HW, HW)
-        h = self.to_out(similarity.softmax(2) @ self.to_v(h))
+        q = self.to_q(h) / math.sqrt(h.shape[2])
+        k = self.to_k(h)
+        v = self.to_v(h)
+        h = self.to_out((q @ k.mT).softmax(2) @ v)
         return x + h.mT.reshape(x.shape)
 
 
@@ -576,7 +579,7 @@ class Upsample(nn.Module):
 
 class Level(nn.Module):
     """The layers of one resolution: a residual block for each number in in_channels, each followed by attention or by
-    nothing. UNet adds the layer that changes the size, if there is one, and runs them. The names are diffusers'."""
+    nothing. UNet adds the layer that changes the size. The names are diffusers'."""
 
     def __init__(self, in_channels, out_channels, time_dim, dropout, groups, attention):
         super().__init__()
@@ -588,17 +591,12 @@ class Level(nn.Module):
             self.resnets.append(ResidualBlock(channels, out_channels, time_dim, dropout, groups))
             self.attentions.append(AttentionBlock(out_channels, groups) if attention else nn.Identity())
 
-    def layers(self):
-        """Each residual block, and the attention that follows it or the identity."""
-        return zip(self.resnets, self.attentions, strict=True)
-
 
 class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y) with num_classes. UNet() is the paper's CIFAR-10 network, 35,746,307 parameters.
 
-    Norms have up to 32 groups as in the paper if dim ≥ 128; smaller networks have up to dim/16, because many small
-    groups are slow on a CPU. Raises ValueError unless image_size is a multiple of 2^(number of levels − 1) and
-    num_res_blocks > 0. forward raises it for t or y of another length than x, and for labels without num_classes."""
+    Norms have up to 32 groups as in the paper if dim ≥ 128, else up to dim/16, because many small groups are slow on a
+    CPU. Raises ValueError unless image_size is a multiple of 2^(number of levels − 1) and num_res_blocks > 0."""
 
     def __init__(
         self,
@@ -616,7 +614,7 @@ class UNet(nn.Module):
         super().__init__()
         halvings = len(dim_mults) - 1
         if image_size % 2**halvings or num_res_blocks < 1:
-            needed = f"image_size a multiple of {2**halvings} for dim_mults {tuple(dim_mults)}, num_res_blocks above 0"
+            needed = f"image_size a multiple of {2**halvings}, num_res_blocks at least 1"
             raise ValueError(f"needed: {needed}; got {image_size} and {num_res_blocks}")
         self.image_channels = image_channels
         self.image_size = image_size
@@ -625,7 +623,11 @@ class UNet(nn.Module):
 
         # Time and label
         time_dim = time_dim or 4 * dim
-        layers = OrderedDict(linear_1=nn.Linear(dim, time_dim), silu=nn.SiLU(), linear_2=nn.Linear(time_dim, time_dim))
+        layers = OrderedDict(
+            linear_1=nn.Linear(dim, time_dim),
+            silu=nn.SiLU(),
+            linear_2=nn.Linear(time_dim, time_dim),
+        )
         self.time_embedding = nn.Sequential(layers)
         self.class_embedding = nn.Embedding(num_classes + 1, time_dim) if num_classes else None
 
@@ -664,25 +666,22 @@ class UNet(nn.Module):
             self.up_blocks.append(level)
 
         self.conv_norm_out = group_norm(channels, groups)
-        self.conv_out = zero(nn.Conv2d(channels, image_channels * (2 if learned_variance else 1), 3, padding=1))
+        out_channels = image_channels * (2 if learned_variance else 1)
+        self.conv_out = zero(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(self, x, t, y=None):
-        if any(len(each) != len(x) for each in (t, y) if each is not None):
-            raise ValueError(f"{len(x)} images need as many t and labels")
-        if y is not None and self.class_embedding is None:
-            raise ValueError("labels given to a network that was built without num_classes")
-
-        # Time and label
+        # Time and label; view raises for another number of them than of images, which would broadcast.
+        t = t.view(len(x))
         emb = self.time_embedding(sinusoidal_position_embeddings(t, self.dim).to(x.dtype))
-        if self.class_embedding is not None:
-            y = torch.full_like(t, self.num_classes) if y is None else y
+        if self.class_embedding is not None or y is not None:
+            y = torch.full_like(t, self.num_classes) if y is None else y.view(len(x))
             emb = emb + self.class_embedding(y)
 
         # Down
         h = self.conv_in(x)
         skips = [h]
         for level in self.down_blocks:
-            for block, attention in level.layers():
+            for block, attention in zip(level.resnets, level.attentions, strict=True):
                 h = attention(block(h, emb))
                 skips.append(h)
             for downsample in level.downsamplers:
@@ -690,12 +689,12 @@ class UNet(nn.Module):
                 skips.append(h)
 
         # Middle
-        for block, attention in self.mid_block.layers():
+        for block, attention in zip(self.mid_block.resnets, self.mid_block.attentions, strict=True):
             h = attention(block(h, emb))
 
         # Up
         for level in self.up_blocks:
-            for block, attention in level.layers():
+            for block, attention in zip(level.resnets, level.attentions, strict=True):
                 h = torch.cat([h, skips.pop()], dim=1)
                 h = attention(block(h, emb))
             for upsample in level.upsamplers:
@@ -705,8 +704,6 @@ class UNet(nn.Module):
 
 
 # ---- 5. Training: Algorithm 1 ----------------------------------------------------------------------------------------
-
-
 def train(config, checkpoint=None, watch=None):
     """Algorithm 1, with Adam, a moving average of the weights (EMA), a log and checkpoints. Returns the run's folder.
     checkpoint, from read_checkpoint, resumes a run. watch(run, step) is called every config.sample_every steps and at
@@ -714,7 +711,7 @@ def train(config, checkpoint=None, watch=None):
 
     A resumed run equals an uninterrupted one, bit for bit on a CPU: a step depends on (seed, step, rank) alone. SIGINT,
     SIGTERM and SIGHUP end it after a step, with a checkpoint and KeyboardInterrupt. Raises ValueError if the loss or
-    the gradient is not finite; the last checkpoint is then from before."""
+    the gradient is not finite; no checkpoint then holds it."""
     # Data, network, diffusion
     device = pick_device(config.device)
     rank, world_size = join_processes(config, device)
@@ -728,7 +725,7 @@ def train(config, checkpoint=None, watch=None):
 
     # The state of an earlier run
     first_step = 0
-    rows = ["step,loss,gradient_norm,learning_rate,images_per_second,ema_loss,ema_loss_held_out\n"]
+    rows = ["step,loss,gradient_norm,learning_rate,ema_loss,ema_loss_held_out\n"]
     if checkpoint is not None:
         if checkpoint["classes"] != classes:
             raise ValueError(f"{config.data} has the classes {classes}, the run {config.out} {checkpoint['classes']}")
@@ -751,7 +748,6 @@ def train(config, checkpoint=None, watch=None):
         print(f"{size:,} parameters, {device}, {config.steps - first_step:,} steps into {out}")
 
     history = []  # losses and gradient norms since the last row of the log, on the device, so that no step waits for it
-    since = time.perf_counter()
     bar = tqdm(total=config.steps, initial=first_step, unit=" steps", disable=None if rank == 0 else True)
     with bar, record_signals() as signals:
         for step in range(first_step, config.steps):
@@ -792,7 +788,7 @@ def train(config, checkpoint=None, watch=None):
             if not (draw or save or done % config.log_every == 0):
                 continue
 
-            # Log: means since the row before, over all processes
+            # Log: means since the row before, over all processes; checkpoint, samples
             means = torch.stack(history).mean(0) / world_size
             if world_size > 1:
                 dist.all_reduce(means)
@@ -800,7 +796,6 @@ def train(config, checkpoint=None, watch=None):
             if not math.isfinite(mean_loss + mean_norm):
                 first = done - len(history)
                 raise ValueError(f"loss or gradient is not finite in steps {first}…{step}; a smaller --lr may help")
-            speed = len(history) * config.batch_size / (time.perf_counter() - since)
             bar.set_postfix(loss=f"{mean_loss:.4f}")
             if rank == 0:
                 compared = ","
@@ -808,21 +803,25 @@ def train(config, checkpoint=None, watch=None):
                     seen, unseen = [ema_loss(config, diffusion, ema, *part) for part in (training_set, held_out)]
                     compared = f"{seen:.6f},{unseen:.6f}"
                     bar.write(f"step {done:,}: EMA loss {seen:.6f} on training images, {unseen:.6f} on held-out images")
-                rows.append(f"{done},{mean_loss:.6f},{mean_norm:.4f},{lr:.3g},{speed:.0f},{compared}\n")
+                rows.append(f"{done},{mean_loss:.6f},{mean_norm:.4f},{lr:.3g},{compared}\n")
                 with suppress(PermissionError):  # a spreadsheet may lock it; the next row rewrites all
                     (out / "log.csv").write_text("".join(rows))
-
-            # Checkpoint, samples
-            if save and rank == 0:
-                state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-                state.update(step=done, log=rows, config=asdict(config), classes=classes)
-                save_atomically(state, out / "checkpoint.pt")
-            if draw and rank == 0:
-                (watch or Run.write_grid)(Run(config, ema, diffusion, classes), done)
+                if save:
+                    state = dict(
+                        config=vars(config),
+                        classes=classes,
+                        step=done,
+                        model=model.state_dict(),
+                        ema=ema.state_dict(),
+                        optimizer=optimizer.state_dict(),
+                        log=rows,
+                    )
+                    save_atomically(state, out / "checkpoint.pt")
+                if draw:
+                    (watch or Run.write_grid)(Run(config, ema, diffusion, classes, device), done)
             if stop:
                 break
             history.clear()
-            since = time.perf_counter()
 
     if world_size > 1:
         time.sleep(0.2)  # without this pause torch 2.6 may hang in the next line
@@ -838,15 +837,14 @@ def learning_rate(config, step):
     "linear" it is also multiplied by 1 − step/steps, which reaches 0 after the last step."""
     factor = min(1.0, (step + 1) / (config.warmup + 1))
     if config.lr_decay == "linear":
-        factor = factor * (1 - step / config.steps)
+        factor *= 1 - step / config.steps
     return config.lr * factor
 
 
 @torch.no_grad()
 def ema_update(averaged, model, n, decay):
     """w̄ ← d w̄ + (1 − d) w for all weights, with d = min(decay, (1 + n)/(10 + n)) after n updates, so that a short run
-    does not average its initial weights; the first update copies the weights. (torch's AveragedModel reads n from the
-    device, which would make every step wait for it.)"""
+    does not average its initial weights; the first update copies the weights."""
     d = min(decay, (1 + n) / (10 + n)) if n else 0.0
     torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - d)
 
@@ -854,8 +852,7 @@ def ema_update(averaged, model, n, decay):
 @torch.no_grad()
 def ema_loss(config, diffusion, ema, images, labels):
     """The loss of the averaged weights on 512 images, evenly spaced over a dataset and repeated if it has fewer, with
-    the same evenly spaced t and the same ε every time. Where it rises on held-out images and falls on training images,
-    the network memorises."""
+    the same t and ε every time. If it rises on held-out images and falls on training images, the network memorises."""
     chosen = torch.arange(512) * len(images) // 512
     torch.manual_seed(derive_seed(config.seed, "comparison"))
     timesteps = torch.randperm(len(chosen), device=images.device) * diffusion.timesteps // len(chosen)
@@ -874,7 +871,7 @@ def ema_loss(config, diffusion, ema, images, labels):
 
 # ---- 6. Data ---------------------------------------------------------------------------------------------------------
 
-TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}  # names in torchvision.datasets
+TORCHVISION = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10)
 DATASETS = ("digits", *TORCHVISION)
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif".split())
 
@@ -882,8 +879,8 @@ IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif
 def load_data(name_or_folder, image_size=32, split=None):
     """Returns images, uint8 (N, C, H, W), and labels, int64 (N,) or None. Raises ValueError if they can't be read.
 
-    "digits" is assets/digits.png; "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/ if
-    necessary. Anything else is a folder of images, resized and cropped to image_size; its subfolders are the classes.
+    "digits" is assets/digits.png; "mnist", "fashion_mnist" and "cifar10" are torchvision's, downloaded into data/.
+    Anything else is a folder of images, resized and cropped to image_size; its subfolders are the classes.
     split="test" is what training does not see: torchvision's test set, every tenth of the digits, and those images of a
     folder whose file has a CRC-32 divisible by ten, unless that is a whole class; "train" is the rest, None is all."""
     images, labels, classes, held_out = read_data(name_or_folder, image_size)
@@ -902,7 +899,7 @@ def read_data(name_or_folder, image_size):
 
 def load_digits():
     """The 1,797 digits of assets/digits.png: ten rows of 8×8 tiles, one row a digit, padded with black tiles."""
-    path = Path(__file__).parent / "assets" / "digits.png"
+    path = Path(__file__).parent / "assets/digits.png"
     if not path.exists():
         raise ValueError(f"digits needs {path}, which comes with ddpm.py's repository; --data takes a folder of images")
     sheet = pil_to_tensor(Image.open(path))[0]
@@ -914,27 +911,25 @@ def load_digits():
 
 def load_torchvision(name):
     """torchvision's training set, and its test set, which is held out."""
-    dataset_class = getattr(datasets, TORCHVISION[name])
     try:
-        parts = [dataset_class("data", train=train, download=True) for train in (True, False)]
+        parts = [TORCHVISION[name]("data", train=train, download=True) for train in (True, False)]
     except RuntimeError as error:  # as torchvision reports a failed download
         raise ValueError(f"{name} is not in data/ and can't be downloaded: {error}") from None
     images = torch.cat([torch.as_tensor(part.data) for part in parts])
-    images = images.reshape(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()  # colours, if any, come last
+    images = images.reshape(*images.shape[:3], -1)  # (N, H, W, C)
+    images = images.permute(0, 3, 1, 2).contiguous()
     labels = torch.cat([torch.as_tensor(part.targets) for part in parts])
     held_out = torch.arange(len(images)) >= len(parts[0].data)
     return images, labels, parts[0].classes, held_out
 
 
 def load_folder(folder, image_size):
-    """All images below a folder; those below one of its subfolders are one class. Hidden names and runs are left out,
-    links are followed."""
+    """All images below a folder but hidden ones and those of runs. Those below one of its subfolders are one class."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder!r} is neither a dataset ({', '.join(DATASETS)}) nor a folder")
 
     def natural_order(name):  # a2 before a10
-        parts = re.split(r"(\d+)", name)
-        return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+        return re.sub(r"\d+", lambda number: number[0].zfill(20), name), name
 
     names = sorted(glob.glob("**/*", root_dir=folder, recursive=True), key=natural_order)
     paths = [Path(name) for name in names]
@@ -944,9 +939,10 @@ def load_folder(folder, image_size):
     if not paths:
         raise ValueError(f"no images in {folder}: it needs {' '.join(sorted(IMAGE_SUFFIXES))} files; runs are skipped")
 
-    images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     held_out = torch.empty(len(paths), dtype=torch.bool)
-    for i, path in enumerate(tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=None)):
+    bar = tqdm(paths, "reading", unit=" images", leave=False, delay=2, disable=None)
+    for i, path in enumerate(bar):
         content = Path(folder, path).read_bytes()
         held_out[i] = zlib.crc32(content) % 10 == 0
         try:
@@ -957,11 +953,10 @@ def load_folder(folder, image_size):
         images = images[:, :1].clone()  # all are grey
 
     # Images beside at least two subfolders are a class of their own.
-    parents = [path.parent.parts for path in paths]
-    subfolders = [parts[0] if parts else "(no folder)" for parts in parents]
+    subfolders = [path.parts[0] if len(path.parts) > 1 else "(no folder)" for path in paths]
     classes = sorted(set(subfolders), key=natural_order)
     labels = torch.tensor([classes.index(name) for name in subfolders])
-    for label in range(len(classes)):  # a class is never held out as a whole
+    for label in labels.unique():  # a class is never held out as a whole
         if held_out[labels == label].all():
             held_out[labels == label] = False
     if len(set(classes) - {"(no folder)"}) < 2:
@@ -979,12 +974,12 @@ def read_image(content, image_size):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return pil_to_tensor(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+    image = image.convert("RGB")
+    return pil_to_tensor(ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS))
 
 
 def load_training_data(config, device):
-    """Returns (images, labels) to train on, (images, labels) that are held out, and the names of the classes, or None
-    if no labels are to be learned. Rank 0 reads first, because it may download."""
+    """Returns (images, labels) to train on, those held out, and the classes' names or None. Rank 0 reads first."""
     rank, world_size = rank_and_world_size()
     if rank > 0:
         dist.barrier()
@@ -996,9 +991,8 @@ def load_training_data(config, device):
     if not config.conditional:
         classes = None
     if rank == 0:
-        size = "×".join(map(str, images.shape[1:]))
-        names = ", ".join(classes or ["none"])
-        print(f"{config.data}: {len(images):,} images of {size}, {held_out.sum():,} held out; labels: {names}")
+        shape = tuple(images.shape[1:])
+        print(f"{config.data}: {len(images):,} images of {shape}, {held_out.sum():,} held out; labels: {classes}")
     training_set = images[~held_out].to(device), labels[~held_out].to(device)
     held_out_set = images[held_out].to(device), labels[held_out].to(device)
     return training_set, held_out_set, classes
@@ -1015,11 +1009,8 @@ def to_pixels(x):
 
 
 # ---- 7. Configuration ------------------------------------------------------------------------------------------------
-
-
 def option(default, help, **arguments):
-    """A dataclass field that is also a command-line flag; its metadata are the arguments of argparse.
-    An int is at least 1 unless its type is given."""
+    """A dataclass field whose metadata are argparse's arguments for its flag. An int without a type is at least 1."""
     if isinstance(default, bool):
         arguments["action"] = argparse.BooleanOptionalAction
     elif isinstance(default, tuple):
@@ -1028,7 +1019,7 @@ def option(default, help, **arguments):
         arguments.setdefault("type", positive_int)
     elif default is not None:
         arguments["type"] = type(default)
-    return field(default=default, metadata=dict(arguments, help=help))
+    return field(default=default, metadata=dict(arguments, default=default, help=help))
 
 
 def positive_int(text):
@@ -1044,6 +1035,8 @@ class Config:
 
     # Data
     data: str = option("digits", "digits, mnist, fashion_mnist, cifar10, or a folder of images")
+    conditional: bool = option(True, "learn the labels, if the dataset has them")
+    label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs")
 
     # Network
     image_size: int = option(8, "height and width; images of a folder are resized and cropped to it")
@@ -1052,10 +1045,6 @@ class Config:
     num_res_blocks: int = option(1, "residual blocks per level")
     attn_resolutions: tuple = option((), "image sizes at which there is self-attention")
     dropout: float = option(0.0, "dropout probability in the residual blocks")
-
-    # Labels
-    conditional: bool = option(True, "learn the labels, if the dataset has them")
-    label_dropout: float = option(0.1, "fraction of the labels hidden in training, which guidance needs")
 
     # Diffusion
     timesteps: int = option(1000, "T, the number of steps of the forward process")
@@ -1074,7 +1063,7 @@ class Config:
     ema_decay: float = option(0.9999, "decay of the averaged weights; at step n at most (1 + n)/(10 + n)")
     flip: bool = option(False, "mirror half of the images left to right")
 
-    # Reproducibility, log, checkpoints
+    # Seed, log, checkpoints
     seed: int = option(0, "seed of everything random", type=int)
     log_every: int = option(50, "steps between two rows of log.csv")
     sample_every: int = option(500, "steps between two grids of samples")
@@ -1104,11 +1093,37 @@ PAPER = dict(
     sample_every=10_000,
     checkpoint_every=5000,
 )
-GPU = dict(PAPER, conditional=True, flip=False, schedule="cosine", prediction="velocity")
-GPU.update(steps=50_000, warmup=500, sample_every=1000, checkpoint_every=1000)
-SMALL = dict(schedule="cosine", prediction="velocity", batch_size=32, warmup=200, sample_every=1000)
-GREY_28 = dict(SMALL, image_size=28, dim_mults=(1, 2, 4), attn_resolutions=(7,), steps=3000, lr=2e-3)
-FOLDER = dict(SMALL, image_size=32, dim_mults=(1, 2, 4, 8), attn_resolutions=(8,), steps=7000, lr=1e-3)
+GPU = dict(
+    PAPER,
+    conditional=True,
+    flip=False,
+    schedule="cosine",
+    prediction="velocity",
+    steps=50_000,
+    warmup=500,
+    sample_every=1000,
+    checkpoint_every=1000,
+)
+GREY_28 = dict(
+    image_size=28,
+    dim_mults=(1, 2, 4),
+    attn_resolutions=(7,),
+    schedule="cosine",
+    prediction="velocity",
+    steps=3000,
+    batch_size=32,
+    lr=2e-3,
+    warmup=200,
+    sample_every=1000,
+)
+FOLDER = dict(
+    GREY_28,
+    image_size=32,
+    dim_mults=(1, 2, 4, 8),
+    attn_resolutions=(8,),
+    steps=7000,
+    lr=1e-3,
+)
 PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, folder=FOLDER, gpu=GPU)
 
 
@@ -1140,21 +1155,16 @@ def build_network(config, image_channels, classes):
 
 
 # ---- 8. Devices and files --------------------------------------------------------------------------------------------
-
-
 def derive_seed(seed, use, *numbers):
-    """A 32-bit seed for one use of randomness, such as derive_seed(seed, "training", step, rank). Different uses and
-    different numbers give independent streams: children of seed in NumPy's SeedSequence."""
+    """A 32-bit seed for one use of randomness, independent of other uses and numbers, by NumPy's SeedSequence."""
     spawn_key = (int.from_bytes(use.encode(), "big"), *numbers)
     return np.random.SeedSequence(seed, spawn_key=spawn_key).generate_state(1).item()
 
 
 def pick_device(name):
-    """The device of that name (None: CUDA, else MPS, else the CPU). Under torchrun, "cuda" is each process's own
-    GPU. Enables TF32 on CUDA."""
+    """The device of that name (None: a GPU if there is one). Under torchrun, "cuda" is a GPU for each process."""
     if name is None:
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1174,9 +1184,8 @@ def autocast(config, device):
 
 
 def maybe_compile(config, device, network):
-    """The network, compiled if config.compile says so (default: on CUDA with Triton, which torch installs on Linux
-    only). On one GPU it then runs as CUDA graphs, which train the paper's network 2.5 times as fast: launching its
-    kernels one by one takes longer than their work."""
+    """The network, compiled if config.compile says so (default: on CUDA with Triton, which torch installs on Linux).
+    On one GPU it then runs as CUDA graphs: launching the kernels one by one takes longer than their work."""
     from torch.utils._triton import has_triton
 
     enabled = config.compile
@@ -1204,8 +1213,7 @@ def rank_and_world_size():
 
 
 def join_processes(config, device):
-    """Initialises the process group under torchrun. Returns rank and world size. Raises ValueError if the processes
-    can't share a batch equally."""
+    """Joins the processes of torchrun. Returns rank and world size. Raises ValueError if they can't share a batch."""
     rank, world_size = rank_and_world_size()
     if config.batch_size % world_size:
         raise ValueError(f"--batch-size {config.batch_size} can't be shared equally by {world_size} processes")
@@ -1217,8 +1225,8 @@ def join_processes(config, device):
 
 @contextmanager
 def record_signals():
-    """Context manager that records the first SIGINT, SIGTERM and SIGHUP (a closed terminal) in a list; a second one of
-    the same kind has its usual effect. One that is ignored, as by nohup, stays ignored."""
+    """Context manager that records the first SIGINT, SIGTERM and SIGHUP (a closed terminal) in a list; a second one has
+    its usual effect. One that is ignored, as by nohup, stays ignored."""
     received = []
     handlers = {}
 
@@ -1257,10 +1265,10 @@ def new_folder(config):
 
 def newest_run():
     """The folder in runs/ with the newest checkpoint."""
-    checkpoints = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
+    newest = max(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, default=None)
+    if newest is None:
         raise ValueError("no run in runs/ yet: python ddpm.py --train makes one, --out names one elsewhere")
-    return checkpoints[-1].parent
+    return newest.parent
 
 
 def save_atomically(state, path):
@@ -1299,12 +1307,12 @@ def make_grid_image(pixels, columns):
     columns = columns or math.ceil(len(pixels) ** 0.5)
     grid = make_grid(pixels, nrow=columns, padding=1, pad_value=64)
     zoom = max(1, 32 // pixels.shape[3])
-    return to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    return ImageOps.scale(to_pil_image(grid), zoom, Image.Resampling.NEAREST)
 
 
 # ---- 9. From a run to images -----------------------------------------------------------------------------------------
 
-SAMPLERS = ("dpm-solver", "ddim", "ddpm")
+SAMPLERS = {"dpm-solver": 10, "ddim": 50, "ddpm": math.inf}  # and the default of S, which is at most T
 MAX_COLUMNS = 16  # with more classes, the grids of training show the first 16, and samples.png is square
 
 
@@ -1315,7 +1323,8 @@ class Run:
     config: Config
     model: nn.Module
     diffusion: GaussianDiffusion
-    classes: list = None  # the names of the labels
+    classes: list  # the names of the labels, or None
+    device: torch.device = None
 
     @classmethod
     def read(cls, out, device=None, bf16=None, compile=None):
@@ -1328,42 +1337,45 @@ class Run:
         """Returns a run with the network on the device of the Config and, if that says so, compiled."""
         device = pick_device(self.config.device)
         model = self.model.to(device, memory_format=torch.channels_last).eval()
-        return Run(self.config, maybe_compile(self.config, device, model), self.diffusion.to(device), self.classes)
+        model = maybe_compile(self.config, device, model)
+        return Run(self.config, model, self.diffusion.to(device), self.classes, device)
 
-    @property
-    def device(self):
-        """The device that samples are drawn on."""
-        return self.diffusion.betas.device
-
-    def trajectory(self, count, labels=None, seed=0, sampler="dpm-solver", sampling_steps=None, eta=0.0, guidance=0.0):
+    def trajectory(
+        self,
+        count,
+        labels=None,
+        seed=0,
+        sampler="dpm-solver",
+        sampling_steps=None,
+        eta=0.0,
+        guidance=0.0,
+    ):
         """Returns an iterator that yields count images after each sampling step, at last x_0. All noise of image i
         is drawn from seed + i, so that an image does not depend on the others. labels is (count,) or None.
-        sampling_steps is S (default: 10 for DPM-Solver, 50 for DDIM, both at most T; T for Algorithm 2, which takes
-        fewer by respace)."""
+        sampling_steps is S (default: that of SAMPLERS). Raises ValueError for options that do not go together."""
+        if eta and sampler != "ddim":
+            raise ValueError("--eta needs --sampler ddim")
+        if guidance and labels is None:
+            raise ValueError("--guidance needs labels")
+        if (guidance or labels is None) and self.model.num_classes and self.config.label_dropout == 0:
+            raise ValueError("--guidance and --unconditional need a network trained with --label-dropout above 0")
+
         generators = [torch.Generator(self.device).manual_seed(seed + i) for i in range(count)]
         shape = (count, self.model.image_channels, self.config.image_size, self.config.image_size)
         x_t = sample_noise(self.diffusion.betas.new_empty(shape), generators)
 
-        # ε_θ, with labels and guidance
-        guided = self.model
+        model = self.model
         if labels is not None:
-            guided = classifier_free_guidance(self.model, labels.to(self.device), guidance)
+            model = classifier_free_guidance(model, labels.to(self.device), guidance)
+        model = autocast(self.config, self.device)(model)
 
-        def model(x_t, t):
-            with autocast(self.config, self.device):
-                return guided(x_t, t)
-
-        # x_T → x_0
-        diffusion = self.diffusion
-        if sampler == "ddpm":
-            if sampling_steps is not None:
-                diffusion, model = diffusion.respace(model, sampling_steps)
-            return diffusion.p_sample_steps(model, x_t, generator=generators)
-        if sampling_steps is None:
-            sampling_steps = min({"dpm-solver": 10, "ddim": 50}[sampler], diffusion.timesteps)
+        steps = sampling_steps or min(SAMPLERS[sampler], self.diffusion.timesteps)
+        if sampler == "dpm-solver":
+            return self.diffusion.dpm_solver_sample_steps(model, x_t, steps)
         if sampler == "ddim":
-            return diffusion.ddim_sample_steps(model, x_t, sampling_steps, eta, generator=generators)
-        return diffusion.dpm_solver_sample_steps(model, x_t, sampling_steps)
+            return self.diffusion.ddim_sample_steps(model, x_t, steps, eta, generator=generators)
+        diffusion, model = self.diffusion.respace(model, steps)
+        return diffusion.p_sample_steps(model, x_t, generator=generators)
 
     def labels(self, count, label=None):
         """Labels (count,): every class in turn, or the one called label; its number will do unless the names are
@@ -1372,7 +1384,7 @@ class Run:
             return torch.arange(count) % self.model.num_classes if self.model.num_classes else None
         known = {name: i for i, name in enumerate(self.classes or [])}
         if not any(name.isdecimal() for name in known):
-            known.update({str(i): i for i in range(self.model.num_classes or 0)})
+            known |= {str(i): i for i in range(len(known))}
         if label not in known:
             raise ValueError(f"--label must be one of: {', '.join(known) or '(no labels were learned)'}; got {label}")
         return torch.full((count,), known[label])
@@ -1386,40 +1398,41 @@ class Run:
         make_grid_image(pixels, columns).save(Path(self.config.out) / f"samples-{step:06}.png")
 
 
-def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, individual=False, animate=False, **how):
+def sample(
+    run,
+    count,
+    seed=0,
+    label=None,
+    unconditional=False,
+    sampling_batch=64,
+    individual=False,
+    animate=False,
+    **how,
+):
     """Draw count images and write them into the run's folder: samples.png, one grid; with individual also
     individual/00000.png and on, each as it is drawn; with animate samples.gif, the reverse process of the first batch.
-    how are the options of Run.trajectory. Returns the paths written. Raises ValueError for options that do not go
-    together, and if the samples are not finite.
+    how are the options of Run.trajectory. Raises ValueError as it does, and if the samples are not finite.
 
     Image i depends on seed and i only, to rounding: not on the count, the batches, or the processes that share them.
     Several processes write individual images only."""
     rank, world_size = rank_and_world_size()
-    guidance = how.get("guidance", 0)
-    if how.get("eta", 0) != 0 and how.get("sampler") != "ddim":
-        raise ValueError("--eta needs --sampler ddim")
-    if guidance != 0 and (unconditional or not run.model.num_classes):
-        raise ValueError("--guidance needs labels")
-    if (guidance != 0 or unconditional) and run.model.num_classes and run.config.label_dropout == 0:
-        raise ValueError("--guidance and --unconditional need a network trained with --label-dropout above 0")
     if world_size > 1 and not individual:
         raise ValueError("several processes need --individual")
-    folder = Path(run.config.out, "individual")
-    (folder if individual else folder.parent).mkdir(parents=True, exist_ok=True)
+    out = Path(run.config.out)
+    folder = out / "individual"
+    (folder if individual else out).mkdir(parents=True, exist_ok=True)
 
     # Equal batches, so that a compiled network sees one shape; every process draws its share of them.
-    num_batches = math.ceil(count / batch_size)
-    batch_size = math.ceil(count / num_batches)
-    labels = None if unconditional else run.labels(num_batches * batch_size, label)
+    batch_size = math.ceil(count / math.ceil(count / sampling_batch))
+    labels = None if unconditional else run.labels(count + batch_size, label)
     disable = None if rank == 0 else True
     drawn = []
     frames = []
-    for i in tqdm(range(rank, num_batches, world_size), unit=" batches", disable=disable):
-        start = i * batch_size
+    for start in tqdm(range(rank * batch_size, count, world_size * batch_size), unit=" batches", disable=disable):
         batch_labels = None if labels is None else labels[start : start + batch_size]
         trajectory = run.trajectory(batch_size, batch_labels, derive_seed(seed, "sampling") + start, **how)
         for x_t in tqdm(trajectory, unit=" steps", leave=False, disable=disable):
-            if animate and i == 0:
+            if animate and start == 0:
                 frames.append(to_pixels(x_t).cpu())
         if not x_t.isfinite().all():
             raise ValueError("the samples are not finite")
@@ -1428,9 +1441,7 @@ def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, i
             for number, pixels in enumerate(drawn[-1], start):
                 to_pil_image(pixels).save(folder / f"{number:05}.png")
 
-    paths = []
     if individual:
-        paths.append(folder)
         for path in folder.glob("*.png"):  # of an earlier, larger call
             if path.stem.isdecimal() and int(path.stem) >= count:
                 path.unlink(missing_ok=True)
@@ -1440,15 +1451,18 @@ def sample(run, count, seed=0, label=None, unconditional=False, batch_size=64, i
     if labels is not None and label is None and run.model.num_classes <= MAX_COLUMNS:
         columns = run.model.num_classes
     if world_size == 1:
-        paths.append(folder.with_name("samples.png"))
-        make_grid_image(torch.cat(drawn), columns).save(paths[-1])
+        make_grid_image(torch.cat(drawn), columns).save(out / "samples.png")
     if frames:  # at most 61 of them, 0.1 s each; the last one stays for 2 s
         chosen = [*frames[: -1 : math.ceil(len(frames) / 60)], frames[-1]]
         durations = [100] * (len(chosen) - 1) + [2000]
         grids = [make_grid_image(frame, columns) for frame in chosen]
-        paths.append(folder.with_name("samples.gif"))
-        grids[0].save(paths[-1], save_all=True, append_images=grids[1:], loop=0, duration=durations)
-    return paths
+        grids[0].save(
+            out / "samples.gif",
+            save_all=True,
+            append_images=grids[1:],
+            loop=0,
+            duration=durations,
+        )
 
 
 def evaluate(run, count, seed):
@@ -1467,7 +1481,7 @@ def evaluate(run, count, seed):
 
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
     batches = []
-    for pixels in tqdm(images.chunk(math.ceil(len(images) / 256)), unit=" batches", disable=None):
+    for pixels in tqdm(images.split(250), unit=" batches", disable=None):
         with autocast(run.config, run.device):
             x_start = to_model(pixels.to(run.device))
             batches.append(run.diffusion.bits_per_dim(run.model, x_start, generator=generator))
@@ -1482,9 +1496,9 @@ def evaluate(run, count, seed):
 
 
 # ---- 10. Published weights -------------------------------------------------------------------------------------------
-# diffusers, an optional package, reads and writes its own format; this section maps its names to those of UNet and
-# GaussianDiffusion.
+# diffusers, an optional package, reads and writes its own format; this section maps its names to ours.
 
+PREDICTION_TYPES = dict(noise="epsilon", velocity="v_prediction", epsilon="noise", v_prediction="velocity")
 CLAMP = dict(clip_sample=True, clip_sample_range=1.0, thresholding=False)  # the clamp that the samplers here apply
 
 
@@ -1516,27 +1530,23 @@ def copy_weights(source, target):
     """Copies the weights between a UNet and a UNet2DModel, whose v is 2v − 1 for our v. Raises ValueError, naming the
     fields of config.json that differ, unless both then return the same for a random input."""
     network, published = (source, target) if isinstance(source, UNet) else (target, source)
-    weights = {name: weight.clone() for name, weight in source.state_dict().items()}
-    v_weight = weights["conv_out.weight"][network.image_channels :]
-    v_bias = weights["conv_out.bias"][network.image_channels :]
-    if target is published:
-        v_weight.mul_(2)
-        v_bias.mul_(2).sub_(1)
-    else:
-        v_weight.div_(2)
-        v_bias.add_(1).div_(2)
-
-    try:
-        target.load_state_dict(weights)
-        x = torch.randn(2, network.image_channels, network.image_size, network.image_size)
+    channels = network.image_channels  # the further ones are v
+    same = False
+    with suppress(RuntimeError):  # names or shapes differ
+        target.load_state_dict(source.state_dict())
+        if target is published:
+            target.conv_out.weight[channels:].mul_(2)
+            target.conv_out.bias[channels:].mul_(2).sub_(1)
+        else:
+            target.conv_out.weight[channels:].div_(2)
+            target.conv_out.bias[channels:].add_(1).div_(2)
+        x = torch.randn(2, channels, network.image_size, network.image_size)
         t = torch.tensor([10, 700])
         y = torch.tensor([0, 1]) if network.num_classes else None
         ours = network(x, t, y)
-        ours[:, network.image_channels :].mul_(2).sub_(1)
+        ours[:, channels:].mul_(2).sub_(1)
         theirs = published(x, t, class_labels=y).sample
         same = torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    except RuntimeError:  # names or shapes differ
-        same = False
     if not same:
         wanted = type(published)(**describe_network(network)).config
         found = [f"{name}={value!r}" for name, value in published.config.items() if value != wanted.get(name)]
@@ -1556,42 +1566,40 @@ def read_published(folder, out=None, **machine):
     options = dict(variant=variant, low_cpu_mem_usage=False, local_files_only=True)
     published = diffusers.UNet2DModel.from_pretrained(place, **options).eval()
 
-    # The network
-    shape = published.config
-    sizes = np.unique(shape.sample_size).tolist()  # of one number, or of height and width
-    if len(sizes) > 1 or sizes == [None]:
-        raise ValueError(f"{place}: sample_size={shape.sample_size}, images must be square and their size known")
-    dim = shape.block_out_channels[0]
-    levels = enumerate(shape.down_block_types)
-    attn_resolutions = [sizes[0] >> i for i, kind in levels if kind == "AttnDownBlock2D"]
-    network = UNet(
-        shape.in_channels,
-        dim,
-        [width // dim for width in shape.block_out_channels],
-        shape.layers_per_block,
-        attn_resolutions or [0] * shape.add_attention,
-        sizes[0],
-        num_classes=shape.num_class_embeds and shape.num_class_embeds - 1,
-        learned_variance=shape.out_channels == 2 * shape.in_channels,
-    ).eval()
-    copy_weights(published, network)
-
-    # The diffusion
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
     for place in (folder.parent / "scheduler", folder / "scheduler", folder):
         if (place / "scheduler_config.json").exists():
             scheduler = diffusers.DDPMScheduler.from_pretrained(place)
-    how = scheduler.config
-    wrong = [f"{name}={how[name]}" for name, value in CLAMP.items() if how[name] != value]
-    if wrong:
-        raise ValueError(f"the scheduler of {folder} clamps differently: {', '.join(wrong)}")
-    names = dict(epsilon="noise", v_prediction="velocity")
-    prediction = names.get(how.prediction_type, how.prediction_type)
-    settings = dict(variance=how.variance_type.removesuffix("_log"), prediction=prediction)
-    diffusion = GaussianDiffusion(scheduler.betas, **settings)
-    out = out or f"runs/{folder.resolve().name}"
-    config = preset("cifar10", **settings, timesteps=len(scheduler.betas), image_size=sizes[0], out=out, **machine)
-    return Run(config, network, diffusion).ready()
+    process = scheduler.config
+    for name, value in CLAMP.items():
+        if process[name] != value:
+            raise ValueError(f"the scheduler of {folder} clamps differently: {name}={process[name]}")
+
+    shape = published.config
+    size = shape.sample_size
+    if not isinstance(size, int):
+        raise ValueError(f"{folder}: sample_size must be one number, got {size}")
+    widths = shape.block_out_channels
+    levels = enumerate(shape.down_block_types)
+    attn_resolutions = [size >> i for i, kind in levels if kind == "AttnDownBlock2D"]
+    config = preset(
+        "cifar10",
+        image_size=size,
+        dim=widths[0],
+        dim_mults=[width // widths[0] for width in widths],
+        num_res_blocks=shape.layers_per_block,
+        attn_resolutions=attn_resolutions or [0] * shape.add_attention,
+        timesteps=len(scheduler.betas),
+        variance=process.variance_type.removesuffix("_log"),
+        prediction=PREDICTION_TYPES.get(process.prediction_type, process.prediction_type),
+        out=out or f"runs/{folder.resolve().name}",
+        **machine,
+    )
+    classes = [str(i) for i in range(shape.num_class_embeds - 1)] if shape.num_class_embeds else None
+    network = build_network(config, shape.in_channels, classes).eval()
+    copy_weights(published, network)
+    diffusion = GaussianDiffusion(scheduler.betas, config.variance, prediction=config.prediction)
+    return Run(config, network, diffusion, classes).ready()
 
 
 def export(out, folder):
@@ -1610,7 +1618,7 @@ def export(out, folder):
         num_train_timesteps=config.timesteps,
         trained_betas=build_diffusion(config).betas.tolist(),
         variance_type=config.variance,
-        prediction_type="v_prediction" if config.prediction == "velocity" else "epsilon",
+        prediction_type=PREDICTION_TYPES[config.prediction],
         timestep_spacing="trailing",
     )
     Path(folder).mkdir(parents=True)
@@ -1623,36 +1631,25 @@ def export(out, folder):
 # ---- 11. Command line ------------------------------------------------------------------------------------------------
 
 MODES = ("train", "sample", "evaluate", "export")
+HELP = {"-h", "--help"}
 MACHINE = ("device", "bf16", "compile")
 RESUME = ("steps", "log_every", "sample_every", "checkpoint_every", "out", *MACHINE)
 
 
-def add_fields(parser, names, defaults):
-    """Add the flags of some fields of Config. defaults is a Config, or None for flags that have none."""
+def add_fields(parser, names, **changes):
+    """Add the flags of some fields of Config, with changes to their arguments."""
     for each in fields(Config):
         if each.name in names:
-            default = getattr(defaults, each.name) if defaults else argparse.SUPPRESS
-            parser.add_argument("--" + each.name.replace("_", "-"), default=default, **each.metadata)
+            parser.add_argument("--" + each.name.replace("_", "-"), **{**each.metadata, **changes})
 
 
 def parse(arguments):
-    """Returns the mode of a command line and its options, a dict. Only the flags of the mode exist. Exits for --help
-    and for errors."""
-    # The mode and, for --train, the preset come first: they decide which flags there are, and their defaults.
+    """Returns the mode of a command line and its options, a dict. Only the flags of the mode exist."""
     flags = {argument.split("=")[0] for argument in arguments}
     mode = next((name for name in MODES if f"--{name}" in flags), None)
-    new_run = mode == "train" and "--resume" not in flags
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    if new_run:
-        add_fields(first, ["data"], Config())
-        first.add_argument("--preset", choices=PRESETS, help="defaults of another dataset; None: those of --data")
-    known, _ = first.parse_known_args(arguments)
-
-    usage = f"python ddpm.py --{mode} ..." if mode else "python ddpm.py MODE ... (MODE --help shows its options)"
     parser = argparse.ArgumentParser(
         "ddpm.py",
-        usage=usage,
-        parents=[first],
+        usage=f"python ddpm.py --{mode} ..." if mode else "python ddpm.py MODE ... (MODE --help shows its options)",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -1666,17 +1663,19 @@ def parse(arguments):
     add = parser.add_argument
     if mode == "train":
         add("--resume", action="store_true", help="continue a run, by default the newest in runs/")
-        names = vars(Config()).keys() - {"data"}
-        if new_run:
-            add_fields(parser, names, preset(known.data, known.preset))
-        else:
-            add_fields(parser, RESUME, None)
+    if mode == "train" and "--resume" in flags:
+        add_fields(parser, RESUME, default=argparse.SUPPRESS)
+    elif mode == "train":
+        add("--preset", choices=PRESETS, help="defaults of another dataset; None: those of --data")
+        add_fields(parser, vars(Config()))
+        known, _ = parser.parse_known_args([argument for argument in arguments if argument not in HELP])
+        parser.set_defaults(**vars(preset(known.data, known.preset)))
     elif mode:
         add("--out", help="the run's folder; None: the newest in runs/")
     if mode in ("sample", "evaluate"):
         add("--weights", metavar="FOLDER", help="published weights instead of a run; needs diffusers")
         add("--seed", type=int, default=0, help="seed of everything random")
-        add_fields(parser, MACHINE, Config())
+        add_fields(parser, MACHINE)
     if mode == "evaluate":
         add("--data", help="where the held-out images are; None: where the run had them")
     if mode == "sample":
@@ -1688,13 +1687,14 @@ def parse(arguments):
         labels = parser.add_mutually_exclusive_group()
         labels.add_argument("--label", help="the class to draw, by name or number; None: all in turn")
         labels.add_argument("--unconditional", action="store_true", help="draw without labels")
-        add("--sampling-batch", dest="batch_size", type=positive_int, default=64, help="images drawn at once")
+        add("--sampling-batch", type=positive_int, default=64, help="images drawn at once")
         add("--individual", action="store_true", help="also write every image as a PNG of its own")
         add("--animate", action="store_true", help="also write the reverse process as a GIF")
-    arguments = ["--help"] if {"-h", "--help"} & flags else arguments  # argparse would ask for N first
+    arguments = ["--help"] if HELP & flags else arguments  # argparse would ask for N first
     options = vars(parser.parse_args(arguments))
-    unused = {*MODES, "preset"} - {mode}
-    return mode, {name: value for name, value in options.items() if name not in unused}
+    for name in {*MODES, "preset"} - {mode}:
+        options.pop(name, None)
+    return mode, options
 
 
 def run_mode(mode, options):
@@ -1722,8 +1722,8 @@ def run_mode(mode, options):
             run.config.data = options["data"] or run.config.data
             evaluate(run, value, options["seed"])
         else:
-            for path in sample(run, value, **options):
-                print(path)
+            sample(run, value, **options)
+            print(f"samples in {run.config.out}")
 
 
 def main(arguments=None):
