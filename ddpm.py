@@ -72,7 +72,8 @@ def extract(coefficients, t, x):
     holds integers. (gather refuses a negative t, which indexing would count from the end.)"""
     if not x.is_floating_point():
         raise ValueError(f"images must be floats scaled to [-1, 1], got {x.dtype}")
-    t = torch.as_tensor(t, device=x.device).expand(len(x))
+    if not torch.is_tensor(t):
+        t = torch.full((len(x),), t, device=x.device)
     values = coefficients.gather(0, t).to(x.dtype)
     return values.reshape(-1, *[1] * (x.dim() - 1))
 
@@ -198,9 +199,9 @@ class GaussianDiffusion(nn.Module):
         # A velocity's error: √ᾱ_t (ε − ε_θ) − √(1−ᾱ_t) (x_0 − x̂_0), which Eq. 4 computes
         if self.prediction_type == "velocity":
             loss = self.q_sample(noise - predicted_noise, t, pred_x_start - x_start).square().mean()
-        if self.loss_type == "bound":
+        if self.loss_type == "bound":  # Eq. 5
             loss = self.timesteps * self.bound_term(x_start, x_t, t, pred_x_start, v).mean()
-        elif v is not None:
+        elif v is not None:  # L_hybrid
             bound = self.bound_term(x_start, x_t, t, pred_x_start.detach(), v)
             loss = loss + 0.001 * self.timesteps * bound.mean()
         return loss
@@ -218,12 +219,14 @@ class GaussianDiffusion(nn.Module):
 
     def predict(self, model, x_t, t, clip_denoised=False):
         """Calls the model. Returns x̂_0, ε_θ, and v (None if the variance is fixed), in x_t's dtype. clip_denoised
-        clamps x̂_0 to [−1, 1]; ε_θ is then recomputed from it and x_t (Eq. 4). Another shape is an error of view."""
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        parts = 2 if self.variance_type == "learned_range" else 1
-        output = model(x_t, t).to(x_t.dtype)
-        prediction, *v = output.view(len(x_t), parts, *x_t.shape[1:]).unbind(1)
-        v = v[0] if v else None
+        clamps x̂_0 to [−1, 1]; ε_θ is then recomputed from it and x_t (Eq. 4)."""
+        if not torch.is_tensor(t):
+            t = torch.full((len(x_t),), t, device=x_t.device)
+        prediction = model(x_t, t).to(x_t.dtype)
+        v = None
+        if self.variance_type == "learned_range":
+            prediction, v = prediction.chunk(2, dim=1)
+        prediction = prediction.view_as(x_t)  # raises for another number of values, which would broadcast
 
         if self.prediction_type == "noise":
             predicted_noise = prediction
@@ -1456,13 +1459,7 @@ def sample(
         chosen = [*frames[: -1 : math.ceil(len(frames) / 60)], frames[-1]]
         durations = [100] * (len(chosen) - 1) + [2000]
         grids = [make_grid_image(frame, columns) for frame in chosen]
-        grids[0].save(
-            out / "samples.gif",
-            save_all=True,
-            append_images=grids[1:],
-            loop=0,
-            duration=durations,
-        )
+        grids[0].save(out / "samples.gif", save_all=True, append_images=grids[1:], loop=0, duration=durations)
 
 
 def evaluate(run, count, seed):
@@ -1717,7 +1714,10 @@ def run_mode(mode, options):
     else:
         weights = options.pop("weights")
         machine = {name: options.pop(name) for name in MACHINE}
-        run = read_published(weights, out, **machine) if weights else Run.read(out or newest_run(), **machine)
+        if weights:
+            run = read_published(weights, out, **machine)
+        else:
+            run = Run.read(out or newest_run(), **machine)
         if mode == "evaluate":
             run.config.data = options["data"] or run.config.data
             evaluate(run, value, options["seed"])
