@@ -74,7 +74,7 @@ class Case:
         # The network, never compiled; the same, compiled on CUDA; the same in diffusers
         torch.manual_seed(0)
         self.network = ddpm.build_network(self.config, channels, classes)
-        self.run = ddpm.Run(self.config, self.network, self.diffusion, classes=None).ready()
+        self.run = ddpm.Run.prepare(self.config, self.network, self.diffusion, None)
         self.peer = None
         with contextlib.suppress(ImportError):
             from diffusers import UNet2DModel

@@ -59,8 +59,8 @@ def linear_beta_schedule(timesteps, start=0.0001, end=0.02):
 
 
 def cosine_beta_schedule(timesteps, s=0.008):
-    """β_t = 1 − ᾱ_t/ᾱ_{t−1}, at most 0.999, with ᾱ_{t−1} = f(t)/f(0) and f(t) = cos²((t/T + s)/(1 + s) · π/2), (T,)
-    float64 (Improved DDPM Eq. 17)."""
+    """β_t = 1 − ᾱ_t/ᾱ_{t−1}, at most 0.999, with ᾱ_{t−1} = f(t)/f(0) and f(t) = cos²((t/T + s)/(1 + s) · π/2)
+    (Improved DDPM Eq. 17). Returns (T,) float64."""
     t = torch.arange(timesteps + 1, dtype=torch.float64)
     f = torch.cos((t / timesteps + s) / (1 + s) * math.pi / 2).square()
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -184,8 +184,7 @@ class GaussianDiffusion(nn.Module):
 
     # -- Training loss --
     def p_losses(self, model, x_start, t, noise=None):
-        """Returns the loss of a batch, a scalar: ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over images, channels
-        and pixels (Eq. 14).
+        """Returns the loss, a scalar: ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖², averaged over all values (Eq. 14).
 
         For a velocity it is the squared error of the velocity, 1/ᾱ_t times that of ε. A learned variance adds
         0.001 L_vlb without gradient through x̂_0, so that the bound trains v only (L_hybrid, Improved DDPM Eq. 16).
@@ -219,14 +218,15 @@ class GaussianDiffusion(nn.Module):
 
     def predict(self, model, x_t, t, clip_denoised=False):
         """Calls the model. Returns x̂_0, ε_θ, and v (None if the variance is fixed), in x_t's dtype. clip_denoised
-        clamps x̂_0 to [−1, 1]; ε_θ is then recomputed from it and x_t (Eq. 4)."""
+        clamps x̂_0 to [−1, 1]; ε_θ is then recomputed from it and x_t (Eq. 4). Raises ValueError for another shape."""
         if not torch.is_tensor(t):
             t = torch.full((len(x_t),), t, device=x_t.device)
         prediction = model(x_t, t).to(x_t.dtype)
         v = None
         if self.variance_type == "learned_range":
             prediction, v = prediction.chunk(2, dim=1)
-        prediction = prediction.view_as(x_t)  # raises for another number of values, which would broadcast
+        if prediction.shape != x_t.shape:
+            raise ValueError(f"the model returned {tuple(prediction.shape)} for x_t of {tuple(x_t.shape)}")
 
         if self.prediction_type == "noise":
             predicted_noise = prediction
@@ -240,8 +240,7 @@ class GaussianDiffusion(nn.Module):
         return pred_x_start, predicted_noise, v
 
     def p_posterior(self, pred_x_start, x_t, t, v):
-        """Returns mean, variance and log variance of p_θ(x_{t−1}|x_t) for a given x̂_0. The mean is μ_θ = μ̃_t(x_t, x̂_0)
-        (Eq. 11). fixed_small is β̃_t, as q_posterior returns it."""
+        """Returns mean, variance and log variance of p_θ(x_{t−1}|x_t) for a given x̂_0: μ_θ = μ̃_t(x_t, x̂_0) (Eq. 11)."""
         mean, variance, log_variance = self.q_posterior(pred_x_start, x_t, t)  # Eq. 11, and β̃_t
         if self.variance_type == "fixed_large":  # at t = 0 the authors' code has log β̃_1, for a lower L_0
             variance = extract(self.betas, t, x_t)
@@ -403,7 +402,7 @@ class GaussianDiffusion(nn.Module):
         """Returns S = steps distinct timesteps, a list of ints decreasing from T−1: the starts of S equal steps of λ
         down to λ_0, rounded to timesteps. They begin at λ_{T−1}, but not below −5.1, where x_t is noise and a call
         changes nothing: the cosine schedule reaches −10. Raises ValueError unless 1 ≤ S ≤ T."""
-        timesteps = self.ddim_timesteps(steps)[:1]  # T−1
+        timesteps = self.ddim_timesteps(steps)[:1]  # T−1; raises for another S
         lambdas = np.array([self.half_log_snr(t) for t in range(self.timesteps)])
         even = np.linspace(max(lambdas[-1], -5.1), lambdas[0], steps, endpoint=False)
         for i in range(1, steps):
@@ -676,7 +675,7 @@ class UNet(nn.Module):
         # Time and label; view raises for another number of them than of images, which would broadcast.
         t = t.view(len(x))
         emb = self.time_embedding(sinusoidal_position_embeddings(t, self.dim).to(x.dtype))
-        if self.class_embedding is not None or y is not None:
+        if self.class_embedding is not None or y is not None:  # labels without num_classes are an error of the call
             y = torch.full_like(t, self.num_classes) if y is None else y.view(len(x))
             emb = emb + self.class_embedding(y)
 
@@ -1202,8 +1201,7 @@ def maybe_compile(config, device, network):
 
 
 def keep_freed_memory():
-    """Tell glibc's malloc to keep freed memory: returning it to the system and faulting it in again takes a third of a
-    small network's time on a CPU. No effect without glibc."""
+    """Make glibc's malloc keep freed memory: to fault it in again takes a third of a small network's time on a CPU."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, as in malloc.h
@@ -1228,8 +1226,8 @@ def join_processes(config, device):
 
 @contextmanager
 def record_signals():
-    """Context manager that records the first SIGINT, SIGTERM and SIGHUP (a closed terminal) in a list; a second one has
-    its usual effect. One that is ignored, as by nohup, stays ignored."""
+    """Context manager that records the first SIGINT, SIGTERM and SIGHUP (a closed terminal) in a list; a second one of
+    the same kind has its usual effect. One that is ignored, as by nohup, stays ignored."""
     received = []
     handlers = {}
 
@@ -1327,21 +1325,22 @@ class Run:
     model: nn.Module
     diffusion: GaussianDiffusion
     classes: list  # the names of the labels, or None
-    device: torch.device = None
+    device: torch.device
 
     @classmethod
     def read(cls, out, device=None, bf16=None, compile=None):
         """The run in a folder, with its averaged weights. Raises ValueError as read_checkpoint does."""
         checkpoint = read_checkpoint(out)
         config = replace(checkpoint["config"], device=device, bf16=bf16, compile=compile)
-        return cls(config, checkpoint["network"], build_diffusion(config), checkpoint["classes"]).ready()
+        return cls.prepare(config, checkpoint["network"], build_diffusion(config), checkpoint["classes"])
 
-    def ready(self):
-        """Returns a run with the network on the device of the Config and, if that says so, compiled."""
-        device = pick_device(self.config.device)
-        model = self.model.to(device, memory_format=torch.channels_last).eval()
-        model = maybe_compile(self.config, device, model)
-        return Run(self.config, model, self.diffusion.to(device), self.classes, device)
+    @classmethod
+    def prepare(cls, config, network, diffusion, classes):
+        """A run with the network on the device of the Config and, if that says so, compiled."""
+        device = pick_device(config.device)
+        network = network.to(device, memory_format=torch.channels_last).eval()
+        model = maybe_compile(config, device, network)
+        return cls(config, model, diffusion.to(device), classes, device)
 
     def trajectory(
         self,
@@ -1423,11 +1422,10 @@ def sample(
         raise ValueError("several processes need --individual")
     out = Path(run.config.out)
     folder = out / "individual"
-    (folder if individual else out).mkdir(parents=True, exist_ok=True)
 
     # Equal batches, so that a compiled network sees one shape; every process draws its share of them.
     batch_size = math.ceil(count / math.ceil(count / sampling_batch))
-    labels = None if unconditional else run.labels(count + batch_size, label)
+    labels = None if unconditional else run.labels(count + batch_size, label)  # the last batch is filled up
     disable = None if rank == 0 else True
     drawn = []
     frames = []
@@ -1439,6 +1437,7 @@ def sample(
                 frames.append(to_pixels(x_t).cpu())
         if not x_t.isfinite().all():
             raise ValueError("the samples are not finite")
+        (folder if individual else out).mkdir(parents=True, exist_ok=True)
         drawn.append(to_pixels(x_t).cpu()[: count - start])
         if individual:
             for number, pixels in enumerate(drawn[-1], start):
@@ -1478,7 +1477,7 @@ def evaluate(run, count, seed):
 
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
     batches = []
-    for pixels in tqdm(images.split(250), unit=" batches", disable=None):
+    for pixels in tqdm(images.split(256), unit=" batches", disable=None):
         with autocast(run.config, run.device):
             x_start = to_model(pixels.to(run.device))
             batches.append(run.diffusion.bits_per_dim(run.model, x_start, generator=generator))
@@ -1495,6 +1494,7 @@ def evaluate(run, count, seed):
 # ---- 10. Published weights -------------------------------------------------------------------------------------------
 # diffusers, an optional package, reads and writes its own format; this section maps its names to ours.
 
+# What a network predicts: our name → that of diffusers, and back
 PREDICTION_TYPES = dict(noise="epsilon", velocity="v_prediction", epsilon="noise", v_prediction="velocity")
 CLAMP = dict(clip_sample=True, clip_sample_range=1.0, thresholding=False)  # the clamp that the samplers here apply
 
@@ -1573,9 +1573,9 @@ def read_published(folder, out=None, **machine):
             raise ValueError(f"the scheduler of {folder} clamps differently: {name}={process[name]}")
 
     shape = published.config
-    size = shape.sample_size
-    if not isinstance(size, int):
-        raise ValueError(f"{folder}: sample_size must be one number, got {size}")
+    size, *others = np.unique(shape.sample_size).tolist()  # of one number, or of height and width
+    if others or not size:
+        raise ValueError(f"{folder}: sample_size={shape.sample_size}, but images must be square and their size known")
     widths = shape.block_out_channels
     levels = enumerate(shape.down_block_types)
     attn_resolutions = [size >> i for i, kind in levels if kind == "AttnDownBlock2D"]
@@ -1592,11 +1592,11 @@ def read_published(folder, out=None, **machine):
         out=out or f"runs/{folder.resolve().name}",
         **machine,
     )
+    diffusion = GaussianDiffusion(scheduler.betas, config.variance, prediction=config.prediction)
     classes = [str(i) for i in range(shape.num_class_embeds - 1)] if shape.num_class_embeds else None
     network = build_network(config, shape.in_channels, classes).eval()
     copy_weights(published, network)
-    diffusion = GaussianDiffusion(scheduler.betas, config.variance, prediction=config.prediction)
-    return Run(config, network, diffusion, classes).ready()
+    return Run.prepare(config, network, diffusion, classes)
 
 
 def export(out, folder):
