@@ -6,8 +6,8 @@ The rest runs it:
     6 data   7 configuration   8 devices and files   9 from a run to images   10 published weights   11 command line
 
 Equations, algorithms and sections are the paper's unless another paper is named.
-t is 0…T−1, everywhere: the paper's t minus 1. t = −1 is x_0, where ᾱ = 1. (The names x_0, x_T and L_0 … L_T keep the
-paper's numbers.) An argument t is int64 (B,), or one int for all images. Images are float (B, C, H, W) in [−1, 1].
+t is 0…T−1: the paper's t minus 1. t = −1 is x_0, where ᾱ = 1. (The names x_0, x_1, x_T and L_0, L_T keep the paper's
+numbers.) An argument t is int64 (B,), or one int for all images. Images are float (B, C, H, W) in [−1, 1].
 
     python ddpm.py --train         # train on handwritten digits: any machine, about a minute
     python ddpm.py --sample 64     # draw samples from the trained network; --train --data FOLDER trains on your images
@@ -114,14 +114,7 @@ class GaussianDiffusion(nn.Module):
     Raises ValueError unless 0 < β_t < 1 and dtype is a float type, and for an unknown option. Warns if √ᾱ_{T−1} > 0.05:
     x_T then still contains x_0, so that sampling from N(0, I) starts from the wrong distribution."""
 
-    def __init__(
-        self,
-        betas,
-        variance="fixed_large",
-        loss="simple",
-        dtype=torch.float32,
-        prediction="noise",
-    ):
+    def __init__(self, betas, variance="fixed_large", loss="simple", dtype=torch.float32, prediction="noise"):
         super().__init__()
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if not ((betas > 0) & (betas < 1)).all() or not dtype.is_floating_point:
@@ -141,7 +134,7 @@ class GaussianDiffusion(nn.Module):
         posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
         self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # float64 for the samplers; index −1 is x_0
 
-        # β̃_0 = 0 has no logarithm: as in the authors' code, that of β̃_1 (if T = 1, of β_0)
+        # β̃_0 = 0 has no logarithm: as in the authors' code, log β̃_1 replaces it (if T = 1, log β_0)
         positive_variance = posterior_variance.clone()
         positive_variance[0] = posterior_variance[1] if len(betas) > 1 else betas[0]
 
@@ -190,12 +183,12 @@ class GaussianDiffusion(nn.Module):
         0.001 L_vlb without gradient through x̂_0, so that the bound trains v only (L_hybrid, Improved DDPM Eq. 16).
         loss="bound" is L in bits/dim without the constant L_T (Eq. 5). For a fixed variance and t > 0 its terms are the
         squared error weighted as in Eq. 12, plus a constant. Both bounds are unbiased only if t is drawn uniformly."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = torch.randn_like(x_start) if noise is None else noise.view_as(x_start)
         x_t = self.q_sample(x_start, t, noise)
         pred_x_start, predicted_noise, v = self.predict(model, x_t, t)
         loss = (noise - predicted_noise).square().mean()  # Eq. 14
 
-        # A velocity's error: √ᾱ_t (ε − ε_θ) − √(1−ᾱ_t) (x_0 − x̂_0), which Eq. 4 computes
+        # A velocity's error: √ᾱ_t (ε − ε_θ) − √(1−ᾱ_t) (x_0 − x̂_0), in the form of Eq. 4
         if self.prediction_type == "velocity":
             loss = self.q_sample(noise - predicted_noise, t, pred_x_start - x_start).square().mean()
         if self.loss_type == "bound":  # Eq. 5
@@ -218,7 +211,7 @@ class GaussianDiffusion(nn.Module):
 
     def predict(self, model, x_t, t, clip_denoised=False):
         """Calls the model. Returns x̂_0, ε_θ, and v (None if the variance is fixed), in x_t's dtype. clip_denoised
-        clamps x̂_0 to [−1, 1]; ε_θ is then recomputed from it and x_t (Eq. 4). Raises ValueError for another shape."""
+        clamps x̂_0 to [−1, 1]; ε_θ is then recomputed from it and x_t (Eq. 4). Raises ValueError for a wrong shape."""
         if not torch.is_tensor(t):
             t = torch.full((len(x_t),), t, device=x_t.device)
         prediction = model(x_t, t).to(x_t.dtype)
@@ -231,7 +224,7 @@ class GaussianDiffusion(nn.Module):
         if self.prediction_type == "noise":
             predicted_noise = prediction
             pred_x_start = self.predict_x_start(x_t, t, predicted_noise)
-        else:  # √ᾱ_t x_t − √(1−ᾱ_t) velocity, and √ᾱ_t velocity + √(1−ᾱ_t) x_t
+        else:  # by Eq. 4's factors: √ᾱ_t x_t − √(1−ᾱ_t) velocity, and √ᾱ_t velocity + √(1−ᾱ_t) x_t
             pred_x_start = self.q_sample(x_t, t, -prediction)
             predicted_noise = self.q_sample(prediction, t, x_t)
         if clip_denoised:
@@ -277,11 +270,11 @@ class GaussianDiffusion(nn.Module):
         x_t = sample_noise(self.betas.new_empty(shape), generator, noise)
         return last(self.p_sample_steps(model, x_t, clip_denoised=clip_denoised, generator=generator))
 
-    # -- Variational bound and score --
+    # -- Variational bound, score, interpolation --
     def bound_term(self, x_start, x_t, t, pred_x_start, v):
         """The term of Eq. 5 at t, estimated from x_t and the prediction for it, in bits/dim (B,): at t = 0
-        L_0 = −log p_θ(x_0|x_1) (Eq. 13), else L_t, the paper's L_{t−1} = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)),
-        which Eq. 8 to 10 rewrite for a fixed σ_t². A loss must not clamp x̂_0: no gradient flows through the clamp."""
+        L_0 = −log p_θ(x_0|x_1) (Eq. 13), else L_t = KL(q(x_{t−1}|x_t, x_0) ‖ p_θ(x_{t−1}|x_t)), in the paper L_{t−1},
+        which Eq. 8 to 12 rewrite for a fixed σ_t². A loss must not clamp x̂_0: no gradient flows through the clamp."""
         true_mean, _, true_log_variance = self.q_posterior(x_start, x_t, t)
         mean, _, log_variance = self.p_posterior(pred_x_start, x_t, t, v)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
@@ -334,8 +327,8 @@ class GaussianDiffusion(nn.Module):
 
     # -- Fewer steps: DDIM --
     def ddim_timesteps(self, steps):
-        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, where alone the
-        network has seen pure noise ("trailing", Lin et al., 2023). Raises ValueError unless 1 ≤ S ≤ T."""
+        """Returns S = steps distinct timesteps, a list of ints, evenly spaced and decreasing from T−1, the only t at
+        which the network has seen pure noise ("trailing", Lin et al., 2023). Raises ValueError unless 1 ≤ S ≤ T."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"the sampling steps must lie in 1…{self.timesteps}, got {steps}")
         return [round(self.timesteps * i / steps) - 1 for i in range(steps, 0, -1)]
@@ -367,7 +360,7 @@ class GaussianDiffusion(nn.Module):
         alpha_bar_s = self.alpha_bars[prev_t]
         sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) * math.sqrt(1 - alpha_bar_t / alpha_bar_s)
         mean = self.ddim_mean(pred_x_start, predicted_noise, prev_t, sigma)
-        z = 0.0 if eta == 0 and noise is None else sample_noise(x_t, generator, noise)
+        z = 0.0 if eta == 0 and noise is None else sample_noise(x_t, generator, noise)  # which checks a given noise
         return mean + sigma * z
 
     def ddim_sample_steps(self, model, x_t, steps, eta=0.0, clip_denoised=True, generator=None):
@@ -384,7 +377,7 @@ class GaussianDiffusion(nn.Module):
     @torch.no_grad()
     def ddim_encode_loop(self, model, x_start, steps, clip_denoised=True):
         """DDIM's step with η = 0 upwards in S = steps steps, from x_0 to the x_T from which ddim_sample_loop returns
-        x_0, up to an error that falls as 1/S (DDIM §4.3). ε_θ(x_0) is evaluated at t = 0."""
+        x_0, up to an error that falls as 1/S (DDIM §4.3). ε_θ(x_0) is evaluated at t = 0, for lack of t = −1."""
         timesteps = self.ddim_timesteps(steps)[::-1]
         _, predicted_noise, _ = self.predict(model, x_start, 0)
         x_t = self.ddim_mean(x_start, predicted_noise, timesteps[0])
@@ -400,9 +393,9 @@ class GaussianDiffusion(nn.Module):
 
     def dpm_solver_timesteps(self, steps):
         """Returns S = steps distinct timesteps, a list of ints decreasing from T−1: the starts of S equal steps of λ
-        down to λ_0, rounded to timesteps. They begin at λ_{T−1}, but not below −5.1, where x_t is noise and a call
+        up to λ_0, rounded to timesteps. They begin at λ_{T−1}, but not below −5.1, where x_t is noise and a call
         changes nothing: the cosine schedule reaches −10. Raises ValueError unless 1 ≤ S ≤ T."""
-        timesteps = self.ddim_timesteps(steps)[:1]  # T−1; raises for another S
+        timesteps = self.ddim_timesteps(steps)[:1]  # T−1 alone; raises unless 1 ≤ S ≤ T
         lambdas = np.array([self.half_log_snr(t) for t in range(self.timesteps)])
         even = np.linspace(max(lambdas[-1], -5.1), lambdas[0], steps, endpoint=False)
         for i in range(1, steps):
@@ -444,7 +437,13 @@ class GaussianDiffusion(nn.Module):
         timesteps = self.ddim_timesteps(steps)[::-1]
         neighbours = itertools.pairwise([-1, *timesteps])
         betas = [1 - self.alpha_bars[t] / self.alpha_bars[s] for s, t in neighbours]
-        diffusion = GaussianDiffusion(betas, self.variance_type, self.loss_type, self.betas.dtype, self.prediction_type)
+        diffusion = GaussianDiffusion(
+            betas,
+            variance=self.variance_type,
+            loss=self.loss_type,
+            dtype=self.betas.dtype,
+            prediction=self.prediction_type,
+        )
         original_t = torch.tensor(timesteps, device=self.betas.device)
         return diffusion.to(self.betas.device), lambda x_t, t: model(x_t, original_t[t])
 
@@ -494,8 +493,6 @@ def classifier_free_guidance(model, labels, scale):
 
 # ---- 4. Network ------------------------------------------------------------------------------------------------------
 # The paper's U-Net (appendix B). Modules are named as in diffusers, so that published weights load (section 10).
-
-
 def group_norm(channels, groups):
     """Group normalisation with gcd(channels, groups) groups; the paper has 32."""
     return nn.GroupNorm(math.gcd(channels, groups), channels, eps=1e-6)
@@ -603,7 +600,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         image_channels=3,
-        dim=128,  # channels at full resolution, a multiple of 4
+        dim=128,  # channels at full resolution, even and at least 4
         dim_mults=(1, 2, 2, 2),  # channels of each level, in multiples of dim; each level halves the size
         num_res_blocks=2,  # per level on the way down; there is one more on the way up
         attn_resolutions=(16,),  # sizes at which attention follows each residual block; if any, also in the middle
@@ -651,9 +648,9 @@ class UNet(nn.Module):
                 skip_channels.append(width)
             self.down_blocks.append(level)
 
-        # Middle: attention between the two residual blocks.
+        # Middle
         self.mid_block = new_level([channels, channels], channels, attention=bool(attn_resolutions))
-        self.mid_block.attentions[1] = nn.Identity()  # none after the second block
+        self.mid_block.attentions[1] = nn.Identity()  # attention stands between the two blocks only
 
         # Up: each residual block also takes the last skip connection that is left
         self.up_blocks = nn.ModuleList()
@@ -672,10 +669,13 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(self, x, t, y=None):
-        # Time and label; view raises for another number of them than of images, which would broadcast.
+        if y is not None and self.class_embedding is None:
+            raise ValueError("labels given to a network that was built without num_classes")
+
+        # Time and label; view raises unless there is one of each for every image: one would broadcast.
         t = t.view(len(x))
         emb = self.time_embedding(sinusoidal_position_embeddings(t, self.dim).to(x.dtype))
-        if self.class_embedding is not None or y is not None:  # labels without num_classes are an error of the call
+        if self.class_embedding is not None:
             y = torch.full_like(t, self.num_classes) if y is None else y.view(len(x))
             emb = emb + self.class_embedding(y)
 
@@ -709,21 +709,21 @@ class UNet(nn.Module):
 def train(config, checkpoint=None, watch=None):
     """Algorithm 1, with Adam, a moving average of the weights (EMA), a log and checkpoints. Returns the run's folder.
     checkpoint, from read_checkpoint, resumes a run. watch(run, step) is called every config.sample_every steps and at
-    the end (default: Run.write_grid). Under torchrun the processes share each batch; only rank 0 writes and returns.
+    the end (default: Run.write_grid). Under torchrun the processes share each batch; rank 0 writes; others return None.
 
-    A resumed run equals an uninterrupted one, bit for bit on a CPU: a step depends on (seed, step, rank) alone. SIGINT,
+    A resumed run equals an uninterrupted one, bit for bit on a CPU: a step draws by (seed, step, rank) alone. SIGINT,
     SIGTERM and SIGHUP end it after a step, with a checkpoint and KeyboardInterrupt. Raises ValueError if the loss or
     the gradient is not finite; no checkpoint then holds it."""
     # Data, network, diffusion
     device = pick_device(config.device)
     rank, world_size = join_processes(config, device)
-    training_set, held_out, classes = load_training_data(config, device)
+    training_set, held_out_set, classes = load_training_data(config, device)
     images, labels = training_set
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model = build_network(config, images.shape[1], classes).to(device, memory_format=torch.channels_last)
+    network = build_network(config, images.shape[1], classes).to(device, memory_format=torch.channels_last)
     diffusion = build_diffusion(config).to(device)
-    ema = copy.deepcopy(model).eval()
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, fused=True)
+    ema = copy.deepcopy(network).eval()
+    optimizer = torch.optim.Adam(network.parameters(), config.lr, fused=True)
 
     # The state of an earlier run
     first_step = 0
@@ -731,7 +731,7 @@ def train(config, checkpoint=None, watch=None):
     if checkpoint is not None:
         if checkpoint["classes"] != classes:
             raise ValueError(f"{config.data} has the classes {classes}, the run {config.out} {checkpoint['classes']}")
-        model.load_state_dict(checkpoint["model"])
+        network.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first_step = checkpoint["step"]
@@ -739,15 +739,15 @@ def train(config, checkpoint=None, watch=None):
     if first_step >= config.steps:
         raise ValueError(f"{config.out} was trained for {first_step:,} steps: give --steps a larger number")
 
-    # The network as the loop calls it, and the run's folder
-    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    network = maybe_compile(config, device, network)
+    # The model that the loop calls, and the run's folder
+    model = nn.parallel.DistributedDataParallel(network) if world_size > 1 else network
+    model = maybe_compile(config, device, model)
     out = None
     if rank == 0:
         out = new_folder(config) if checkpoint is None else Path(config.out)
         config = replace(config, out=str(out))
-        size = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{size:,} parameters, {device}, {config.steps - first_step:,} steps into {out}")
+        num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        print(f"{num_parameters:,} parameters, {device}, {config.steps - first_step:,} steps into {out}")
 
     history = []  # losses and gradient norms since the last row of the log, on the device, so that no step waits for it
     bar = tqdm(total=config.steps, initial=first_step, unit=" steps", disable=None if rank == 0 else True)
@@ -768,15 +768,15 @@ def train(config, checkpoint=None, watch=None):
             t = torch.randint(diffusion.timesteps, (len(chosen),), device=device)              # t ~ Uniform({0…T−1})
             noise = torch.randn_like(x_start)                                                  # ε ~ N(0, I)
             with autocast(config, device):
-                loss = diffusion.p_losses(partial(network, y=y), x_start, t, noise)
+                loss = diffusion.p_losses(partial(model, y=y), x_start, t, noise)
             loss.backward()                                                                    # ∇_θ ‖ε − ε_θ(x_t, t)‖²
             # fmt: on
-            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            gradient_norm = nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
             lr = learning_rate(config, step)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            ema_update(ema, model, step, config.ema_decay)
+            ema_update(ema, network, step, config.ema_decay)
 
             # Is anything due? All processes stop after the same step.
             history.append(torch.stack([loss.detach(), gradient_norm]))
@@ -796,13 +796,14 @@ def train(config, checkpoint=None, watch=None):
                 dist.all_reduce(means)
             mean_loss, mean_norm = means.tolist()
             if not math.isfinite(mean_loss + mean_norm):
-                first = done - len(history)
-                raise ValueError(f"loss or gradient is not finite in steps {first}…{step}; a smaller --lr may help")
+                first = done - len(history) + 1
+                raise ValueError(f"loss or gradient is not finite in steps {first}…{done}; a smaller --lr may help")
             bar.set_postfix(loss=f"{mean_loss:.4f}")
             if rank == 0:
-                compared = ","
-                if draw and len(held_out[0]):
-                    seen, unseen = [ema_loss(config, diffusion, ema, *part) for part in (training_set, held_out)]
+                compared = ","  # ema_loss and ema_loss_held_out: empty
+                if draw and len(held_out_set[0]):
+                    seen = ema_loss(config, diffusion, ema, *training_set)
+                    unseen = ema_loss(config, diffusion, ema, *held_out_set)
                     compared = f"{seen:.6f},{unseen:.6f}"
                     bar.write(f"step {done:,}: EMA loss {seen:.6f} on training images, {unseen:.6f} on held-out images")
                 rows.append(f"{done},{mean_loss:.6f},{mean_norm:.4f},{lr:.3g},{compared}\n")
@@ -813,7 +814,7 @@ def train(config, checkpoint=None, watch=None):
                         config=vars(config),
                         classes=classes,
                         step=done,
-                        model=model.state_dict(),
+                        model=network.state_dict(),
                         ema=ema.state_dict(),
                         optimizer=optimizer.state_dict(),
                         log=rows,
@@ -872,7 +873,6 @@ def ema_loss(config, diffusion, ema, images, labels):
 # ======================================================================================================================
 
 # ---- 6. Data ---------------------------------------------------------------------------------------------------------
-
 TORCHVISION = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10)
 DATASETS = ("digits", *TORCHVISION)
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif".split())
@@ -926,7 +926,7 @@ def load_torchvision(name):
 
 
 def load_folder(folder, image_size):
-    """All images below a folder but hidden ones and those of runs. Those below one of its subfolders are one class."""
+    """All images below a folder except hidden ones and those of runs. Those below one subfolder are one class."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder!r} is neither a dataset ({', '.join(DATASETS)}) nor a folder")
 
@@ -1042,7 +1042,7 @@ class Config:
 
     # Network
     image_size: int = option(8, "height and width; images of a folder are resized and cropped to it")
-    dim: int = option(16, "channels at full resolution, a multiple of 4")
+    dim: int = option(16, "channels at full resolution, even and at least 4")
     dim_mults: tuple = option((1, 2), "channels of each level, in multiples of dim; each level halves the size")
     num_res_blocks: int = option(1, "residual blocks per level")
     attn_resolutions: tuple = option((), "image sizes at which there is self-attention")
@@ -1288,7 +1288,7 @@ def read_checkpoint(out):
     path = Path(out) / "checkpoint.pt"
     with open(path, "rb") as file:
         try:
-            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not check the checksums
+            damaged = zipfile.ZipFile(file).testzip()  # a bad member or None: torch.load checks no checksums
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             config = Config(**{**checkpoint["config"], "out": str(out)})
@@ -1312,7 +1312,6 @@ def make_grid_image(pixels, columns):
 
 
 # ---- 9. From a run to images -----------------------------------------------------------------------------------------
-
 SAMPLERS = {"dpm-solver": 10, "ddim": 50, "ddpm": math.inf}  # and the default of S, which is at most T
 MAX_COLUMNS = 16  # with more classes, the grids of training show the first 16, and samples.png is square
 
@@ -1369,7 +1368,7 @@ class Run:
         model = self.model
         if labels is not None:
             model = classifier_free_guidance(model, labels.to(self.device), guidance)
-        model = autocast(self.config, self.device)(model)
+        model = autocast(self.config, self.device)(model)  # which decorates a function, too
 
         steps = sampling_steps or min(SAMPLERS[sampler], self.diffusion.timesteps)
         if sampler == "dpm-solver":
@@ -1415,7 +1414,7 @@ def sample(
     individual/00000.png and on, each as it is drawn; with animate samples.gif, the reverse process of the first batch.
     how are the options of Run.trajectory. Raises ValueError as it does, and if the samples are not finite.
 
-    Image i depends on seed and i only, to rounding: not on the count, the batches, or the processes that share them.
+    Image i depends on seed and i only, up to rounding: not on the count, the batches, or the processes that share them.
     Several processes write individual images only."""
     rank, world_size = rank_and_world_size()
     if world_size > 1 and not individual:
@@ -1462,8 +1461,8 @@ def sample(
 
 
 def evaluate(run, count, seed):
-    """Print the bound on −log₂ p_θ(x_0) of count held-out images, term by term (Eq. 5). No labels are given. Raises
-    ValueError for a network that always had them, and if no image is held out."""
+    """Print the bound on −log₂ p_θ(x_0) of up to count held-out images, term by term (Eq. 5). No labels are given.
+    Raises ValueError for a network that was never trained without them, and if no image is held out."""
     if run.model.num_classes and run.config.label_dropout == 0:
         raise ValueError("--evaluate gives no labels: it needs a network trained with --label-dropout above 0")
     images, _ = load_data(run.config.data, run.config.image_size, split="test")
@@ -1477,7 +1476,7 @@ def evaluate(run, count, seed):
 
     generator = torch.Generator(run.device).manual_seed(derive_seed(seed, "evaluation"))
     batches = []
-    for pixels in tqdm(images.split(256), unit=" batches", disable=None):
+    for pixels in tqdm(images.chunk(math.ceil(len(images) / 256)), unit=" batches", disable=None):
         with autocast(run.config, run.device):
             x_start = to_model(pixels.to(run.device))
             batches.append(run.diffusion.bits_per_dim(run.model, x_start, generator=generator))
@@ -1585,7 +1584,7 @@ def read_published(folder, out=None, **machine):
         dim=widths[0],
         dim_mults=[width // widths[0] for width in widths],
         num_res_blocks=shape.layers_per_block,
-        attn_resolutions=attn_resolutions or [0] * shape.add_attention,
+        attn_resolutions=attn_resolutions or [0] * shape.add_attention,  # [0]: in the middle only
         timesteps=len(scheduler.betas),
         variance=process.variance_type.removesuffix("_log"),
         prediction=PREDICTION_TYPES.get(process.prediction_type, process.prediction_type),
@@ -1626,7 +1625,6 @@ def export(out, folder):
 
 
 # ---- 11. Command line ------------------------------------------------------------------------------------------------
-
 MODES = ("train", "sample", "evaluate", "export")
 HELP = {"-h", "--help"}
 MACHINE = ("device", "bf16", "compile")
@@ -1727,7 +1725,7 @@ def run_mode(mode, options):
 
 
 def main(arguments=None):
-    """Run a command line. A user's error ends with one line and status 2, an interruption with status 130."""
+    """Run a command line. A ValueError, OSError or ImportError ends with one line and status 2, Ctrl-C with 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without β shows ?
     keep_freed_memory()

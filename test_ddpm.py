@@ -1722,6 +1722,12 @@ def test_noise_of_another_shape_is_refused(use):
         use(single(FEW), torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4))
 
 
+def test_noise_is_viewed_as_the_images():
+    """ε of shape (B, H, W) does not broadcast to (B, B, H, W): the loss of a model that returns it is 0."""
+    noise = normal(3, 1, 4, 4)
+    assert exact().p_losses(lambda x_t, t: noise, 0 * noise, torch.tensor([1, 500, 999]), noise[:, 0]) == 0
+
+
 def test_a_learned_variance_needs_twice_the_channels():
     """A model that returns ε alone is refused where v is learned: for 3 channels it returns 6."""
     single(FEW, variance="learned_range").p_sample(lambda x_t, t: torch.cat([x_t, x_t], 1), torch.zeros(2, 3, 4, 4), 5)
@@ -1970,7 +1976,7 @@ REFUSED_BY_THE_NETWORK = dict(
 def test_the_network_refuses(call):
     """A size that can't be halved, a level without blocks, one t or label for a batch, which would broadcast in
     silence, and labels for a network that knows none."""
-    with pytest.raises((ValueError, RuntimeError, TypeError)):
+    with pytest.raises((ValueError, RuntimeError)):
         call()
 
 
@@ -1997,7 +2003,6 @@ PROOF = set(globals())  # what follows is about ddpm.py itself, and is left out 
 
 
 # ---- 12. Training: Algorithm 1 ---------------------------------------------------------------------------------------
-# A tiny network on the digits that come with the project.
 
 SETTINGS = dict(dim=8, dim_mults=(1,), num_res_blocks=1, attn_resolutions=(4,), batch_size=8, timesteps=50, warmup=2)
 SETTINGS.update(seed=SEED + 1, device="cpu", bf16=False, compile=False)
@@ -2008,11 +2013,6 @@ def train_tiny(out, checkpoint=None, watch=None, **settings):
     config = ddpm.Config(**{**SETTINGS, **settings, "out": str(out)})
     ddpm.train(config, checkpoint, watch or (lambda run, step: None))
     return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def columns_of_the_log(out):
-    """step, loss, gradient norm, learning rate; then the two losses of the EMA, NaN where empty."""
-    return np.genfromtxt(out / "log.csv", delimiter=",", skip_header=1, ndmin=2)
 
 
 def algorithm_1(config, processes=1):
@@ -2094,7 +2094,8 @@ def assert_trained_as_algorithm_1(saved, out, processes=1):
             deviation = (have[name] - weight).abs() / config.lr
             assert deviation.mean() < 0.002, name
             assert deviation.max() < 0.05, name
-    np.testing.assert_allclose(columns_of_the_log(out)[:, :4], rows, rtol=2e-3, atol=1e-6)
+    log = np.genfromtxt(out / "log.csv", delimiter=",", skip_header=1, ndmin=2)
+    np.testing.assert_allclose(log[:, :4], rows, rtol=2e-3, atol=1e-6)
     return rows
 
 
@@ -2205,7 +2206,7 @@ def test_a_tiny_network_learns_its_images(tmp_path):
     distance, nearest = (x_0 - images[:, None, None, None]).square().flatten(2).mean(2).sqrt().min(0)
     assert distance.median() < 0.5
     assert set(nearest[distance < 0.5].tolist()) == {0, 1, 2, 3}
-    losses = columns_of_the_log(tmp_path / "run")[:, 1]
+    losses = np.genfromtxt(tmp_path / "run" / "log.csv", delimiter=",", skip_header=1)[:, 1]
     assert losses[0] > 2 * losses[-1]
 
 
@@ -2353,8 +2354,8 @@ no EMA at sampling time | several | test_sampling_starts_from_the_averaged_weigh
 - for part in ("model", "ema"):
 + for part in ("ema", "model"):
 dropout stays on while sampling | labml | test_sampling_starts_from_the_averaged_weights(tmp_path)
-- ema = copy.deepcopy(model).eval()
-+ ema = copy.deepcopy(model)
+- ema = copy.deepcopy(network).eval()
++ ema = copy.deepcopy(network)
 t is never T−1 | superminddpm | test_algorithm_1_draws_what_the_paper_says(tmp_path, monkeypatch)
 - t = torch.randint(diffusion.timesteps, (len(chosen),), device=device)
 + t = torch.randint(diffusion.timesteps - 1, (len(chosen),), device=device)
@@ -2401,7 +2402,6 @@ def test_a_known_mistake_turns_its_test_red(block, tmp_path, monkeypatch):
 # ======================================================================================================================
 # The proof ends here; what follows tests what runs it: data, runs, processes, published weights, the command line.
 # ======================================================================================================================
-
 
 TINY = "--train --dim 8 --dim-mults 1 --timesteps 20 --batch-size 8 --log-every 1 --steps 4"
 ENDLESS = f"{TINY} --steps 1000000 --sample-every 1000000 --lr-decay constant"
@@ -2998,6 +2998,7 @@ def test_the_animation_shows_the_reverse_process(steps, frames, folder):
     want = np.stack([grey_levels(first[i]) for i in every])
     with Image.open("runs/digits/samples.gif") as gif:
         shown = [(tiles_of(frame, 3, 3), frame.info["duration"]) for frame in ImageSequence.Iterator(gif)]
+        assert gif.info["loop"] == 0  # without end
     assert len(shown) == len(want) == frames
     assert np.abs(np.stack([tiles for tiles, _ in shown]) - want).mean((1, 2, 3)).max() < 6  # a GIF has 256 colours
     assert [duration for _, duration in shown] == [100] * (frames - 1) + [2000]
@@ -3040,7 +3041,8 @@ def test_evaluation_written_out(line, count, folder, capsys):
     x = images[[len(images) * i // count for i in range(count)]] / 127.5 - 1
     generator = torch.Generator().manual_seed(ddpm.derive_seed(3, "evaluation"))
     with torch.autocast("cpu", torch.bfloat16, enabled=line == "--bf16"):
-        batches = [run.diffusion.bits_per_dim(run.model, part, generator=generator) for part in x.split(256)]
+        parts = x.chunk(math.ceil(count / 256))
+        batches = [run.diffusion.bits_per_dim(run.model, part, generator=generator) for part in parts]
     bits = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     bits["L_{T-1}"] = bits["L_{t-1}"].sum(1)
     for name in ("L_T", "L_{T-1}", "L_0", "total"):
@@ -3296,7 +3298,6 @@ def test_steps_equal_diffusers(how, clip):
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
-
 
 REFUSED = {
     "": "one of the arguments --train --sample --evaluate --export is required",
