@@ -1709,7 +1709,6 @@ OF_ANOTHER_SHAPE = dict(
     ddim_sample_loop=lambda q, x, noise: q.ddim_sample_loop(predicts_zero, x.shape, 5, noise=noise),
     dpm_solver_sample_loop=lambda q, x, noise: q.dpm_solver_sample_loop(predicts_zero, x.shape, 5, noise=noise),
     a_model=lambda q, x, noise: q.p_sample(lambda x_t, t: noise, x, 5),
-    a_model_with_channels_last=lambda q, x, noise: q.p_sample(lambda x_t, t: x_t.permute(0, 2, 3, 1), x, 5),
     a_model_in_training=lambda q, x, noise: q.p_losses(lambda x_t, t: noise, x, torch.tensor([5, 5])),
 )
 
@@ -1722,17 +1721,13 @@ def test_noise_of_another_shape_is_refused(use):
         use(single(FEW), torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4))
 
 
-def test_noise_is_viewed_as_the_images():
-    """ε of shape (B, H, W) does not broadcast to (B, B, H, W): the loss of a model that returns it is 0."""
-    noise = normal(3, 1, 4, 4)
-    assert exact().p_losses(lambda x_t, t: noise, 0 * noise, torch.tensor([1, 500, 999]), noise[:, 0]) == 0
-
-
 def test_a_learned_variance_needs_twice_the_channels():
-    """A model that returns ε alone is refused where v is learned: for 3 channels it returns 6."""
+    """A model that returns ε alone is refused where v is learned, as is one with its channels last."""
     single(FEW, variance="learned_range").p_sample(lambda x_t, t: torch.cat([x_t, x_t], 1), torch.zeros(2, 3, 4, 4), 5)
     with pytest.raises(ValueError, match=r"returned \(2, 1, 4, 4\) for x_t of \(2, 2, 4, 4\)"):
         single(FEW, variance="learned_range").p_sample(predicts_zero, torch.zeros(2, 2, 4, 4), 5)
+    with pytest.raises(ValueError, match=r"returned \(2, 3, 3, 1\) for x_t of \(2, 1, 3, 3\)"):
+        single(FEW).p_sample(lambda x_t, t: x_t.permute(0, 2, 3, 1), torch.zeros(2, 1, 3, 3), 5)
 
 
 ASKS = dict(
@@ -2003,9 +1998,14 @@ PROOF = set(globals())  # what follows is about ddpm.py itself, and is left out 
 
 
 # ---- 12. Training: Algorithm 1 ---------------------------------------------------------------------------------------
-
 SETTINGS = dict(dim=8, dim_mults=(1,), num_res_blocks=1, attn_resolutions=(4,), batch_size=8, timesteps=50, warmup=2)
 SETTINGS.update(seed=SEED + 1, device="cpu", bf16=False, compile=False)
+
+
+def test_noise_is_viewed_as_the_images():
+    """ε of shape (B, H, W) does not broadcast to (B, B, H, W): the loss of a model that returns it is 0."""
+    noise = normal(3, 1, 4, 4)
+    assert exact().p_losses(lambda x_t, t: noise, 0 * noise, torch.tensor([1, 500, 999]), noise[:, 0]) == 0
 
 
 def train_tiny(out, checkpoint=None, watch=None, **settings):
