@@ -2716,7 +2716,7 @@ def test_a_flag_reaches_what_it_configures(field, some_runs, folder, monkeypatch
 APPENDIX_B = dict(image_size=32, dim=128, dim_mults=(1, 2, 2, 2), num_res_blocks=2, attn_resolutions=(16,), dropout=0.1)
 APPENDIX_B.update(conditional=False, timesteps=1000, schedule="linear", variance="fixed_large", prediction="noise")
 APPENDIX_B.update(loss="simple", steps=800_000, batch_size=128, lr=2e-4, warmup=5000, lr_decay="constant", flip=True)
-APPENDIX_B.update(grad_clip=1.0, ema_decay=0.9999, sample_every=10_000, checkpoint_every=5000)
+APPENDIX_B.update(grad_clip=1.0, ema_decay=0.9999, sample_every=10_000, checkpoint_every=5000, bf16=None)
 DIGITS = dict(APPENDIX_B, image_size=8, dim=16, dim_mults=(1, 2), num_res_blocks=1, attn_resolutions=(), dropout=0.0)
 DIGITS.update(conditional=True, steps=1400, lr=6e-3, warmup=50, lr_decay="linear", flip=False)
 DIGITS.update(sample_every=500, checkpoint_every=500)
