@@ -339,17 +339,7 @@ class GaussianDiffusion(nn.Module):
         return math.sqrt(alpha_bar_s) * pred_x_start + math.sqrt(1 - alpha_bar_s - sigma**2) * predicted_noise
 
     @torch.no_grad()
-    def ddim_sample(
-        self,
-        model,
-        x_t,
-        t,
-        prev_t,
-        eta=0.0,
-        clip_denoised=True,
-        noise=None,
-        generator=None,
-    ):
+    def ddim_sample(self, model, x_t, t, prev_t, eta=0.0, clip_denoised=True, noise=None, generator=None):
         """One step of DDIM from t to an earlier s = prev_t, both ints (DDIM Eq. 12, 16):
         x_s = √ᾱ_s x̂_0 + √(1−ᾱ_s−σ²) ε_θ(x_t) + σ z with σ = η √((1−ᾱ_s)/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_s). η = 0 is deterministic;
         η = 1 over all T steps is Algorithm 2 with σ_t² = β̃_t. Raises ValueError unless −1 ≤ s < t and 0 ≤ η ≤ 1."""
@@ -873,7 +863,11 @@ def ema_loss(config, diffusion, ema, images, labels):
 # ======================================================================================================================
 
 # ---- 6. Data ---------------------------------------------------------------------------------------------------------
-TORCHVISION = dict(mnist=datasets.MNIST, fashion_mnist=datasets.FashionMNIST, cifar10=datasets.CIFAR10)
+TORCHVISION = dict(
+    mnist=datasets.MNIST,
+    fashion_mnist=datasets.FashionMNIST,
+    cifar10=datasets.CIFAR10,
+)
 DATASETS = ("digits", *TORCHVISION)
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .webp .gif .bmp .tif .tiff .ppm .pgm .avif".split())
 
@@ -1012,23 +1006,8 @@ def to_pixels(x):
 
 # ---- 7. Configuration ------------------------------------------------------------------------------------------------
 def option(default, help, **arguments):
-    """A dataclass field whose metadata are argparse's arguments for its flag. An int without a type is at least 1."""
-    if isinstance(default, bool):
-        arguments["action"] = argparse.BooleanOptionalAction
-    elif isinstance(default, tuple):
-        arguments.update(type=int, nargs="*")
-    elif isinstance(default, int):
-        arguments.setdefault("type", positive_int)
-    elif default is not None:
-        arguments["type"] = type(default)
+    """A dataclass field whose metadata are arguments of argparse for its flag."""
     return field(default=default, metadata=dict(arguments, default=default, help=help))
-
-
-def positive_int(text):
-    """The argparse type of an int of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 @dataclass
@@ -1072,8 +1051,8 @@ class Config:
     checkpoint_every: int = option(500, "steps between two checkpoints")
 
     # Machine and folder; None is decided when the run starts
-    bf16: bool = option(None, "bfloat16; None: if the processor supports it", action=argparse.BooleanOptionalAction)
-    compile: bool = option(None, "torch.compile; None: on CUDA with Triton", action=argparse.BooleanOptionalAction)
+    bf16: bool = option(None, "bfloat16; None: if the processor supports it")
+    compile: bool = option(None, "torch.compile; None: on CUDA with Triton")
     device: str = option(None, "cuda, cuda:1 (the second), mps or cpu; None: the first one available")
     out: str = option(None, "the run's folder; None: a new one in runs/")
 
@@ -1126,7 +1105,14 @@ FOLDER = dict(
     steps=7000,
     lr=1e-3,
 )
-PRESETS = dict(digits={}, mnist=GREY_28, fashion_mnist=GREY_28, cifar10=PAPER, folder=FOLDER, gpu=GPU)
+PRESETS = dict(
+    digits={},
+    mnist=GREY_28,
+    fashion_mnist=GREY_28,
+    cifar10=PAPER,
+    folder=FOLDER,
+    gpu=GPU,
+)
 
 
 def preset(data, name=None, **changes):
@@ -1181,7 +1167,7 @@ def autocast(config, device):
     if enabled is None and device.type == "cuda":
         enabled = torch.cuda.is_bf16_supported(including_emulation=False)
     elif enabled is None and device.type == "cpu":
-        enabled = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        enabled = torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(enabled))
 
 
@@ -1631,11 +1617,26 @@ MACHINE = ("device", "bf16", "compile")
 RESUME = ("steps", "log_every", "sample_every", "checkpoint_every", "out", *MACHINE)
 
 
+def positive_int(text):
+    """The argparse type of an int of at least 1."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def add_fields(parser, names, **changes):
-    """Add the flags of some fields of Config, with changes to their arguments."""
+    """Add the flags of some fields of Config, with changes to their arguments. An int without a type is at least 1."""
+    kinds = {
+        bool: dict(action=argparse.BooleanOptionalAction),
+        int: dict(type=positive_int),
+        float: dict(type=float),
+        tuple: dict(type=int, nargs="*"),
+        str: {},
+    }
     for each in fields(Config):
         if each.name in names:
-            parser.add_argument("--" + each.name.replace("_", "-"), **{**each.metadata, **changes})
+            arguments = {**kinds[each.type], **each.metadata, **changes}
+            parser.add_argument("--" + each.name.replace("_", "-"), **arguments)
 
 
 def parse(arguments):

@@ -3104,16 +3104,15 @@ def test_two_processes_train_and_sample_as_one(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("given", [None, True, False])
-@pytest.mark.parametrize("native", ["cuda", "avx512", "amx", ""])
+@pytest.mark.parametrize("native", ["cuda", "avx512", ""])
 @pytest.mark.parametrize("device", ["cuda", "cpu", "mps"])
 def test_bfloat16_is_the_default_where_the_device_computes_in_it(device, native, given, monkeypatch):
     """Native support counts, not the slow emulation on older GPUs; --bf16 and --no-bf16 override it."""
     emulated = lambda including_emulation=True: including_emulation or native == "cuda"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native == "avx512")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native == "amx")
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: enabled)
-    default = native in dict(cuda=["cuda"], cpu=["avx512", "amx"], mps=[])[device]
+    default = native in dict(cuda=["cuda"], cpu=["avx512"], mps=[])[device]
     assert ddpm.autocast(ddpm.Config(bf16=given), torch.device(device)) == (default if given is None else given)
 
 
