@@ -215,11 +215,13 @@ class GaussianDiffusion(nn.Module):
         if not torch.is_tensor(t):
             t = torch.full((len(x_t),), t, device=x_t.device)
         prediction = model(x_t, t).to(x_t.dtype)
+        parts = 2 if self.variance_type == "learned_range" else 1
+        wanted = (len(x_t), parts * x_t.shape[1], *x_t.shape[2:])
+        if prediction.shape != wanted:
+            raise ValueError(f"the model must return {wanted} for {self.variance_type}, got {tuple(prediction.shape)}")
         v = None
-        if self.variance_type == "learned_range":
+        if parts == 2:
             prediction, v = prediction.chunk(2, dim=1)
-        if prediction.shape != x_t.shape:
-            raise ValueError(f"the model returned {tuple(prediction.shape)} for x_t of {tuple(x_t.shape)}")
 
         if self.prediction_type == "noise":
             predicted_noise = prediction
@@ -1355,8 +1357,7 @@ class Run:
         if labels is not None:
             model = classifier_free_guidance(model, labels.to(self.device), guidance)
         model = autocast(self.config, self.device)(model)  # which decorates a function, too
-
-        steps = sampling_steps or min(SAMPLERS[sampler], self.diffusion.timesteps)
+        steps = min(SAMPLERS[sampler], self.diffusion.timesteps) if sampling_steps is None else sampling_steps
         if sampler == "dpm-solver":
             return self.diffusion.dpm_solver_sample_steps(model, x_t, steps)
         if sampler == "ddim":
@@ -1422,7 +1423,7 @@ def sample(
                 frames.append(to_pixels(x_t).cpu())
         if not x_t.isfinite().all():
             raise ValueError("the samples are not finite")
-        (folder if individual else out).mkdir(parents=True, exist_ok=True)
+        (folder if individual else out).mkdir(parents=True, exist_ok=True)  # not before something is drawn
         drawn.append(to_pixels(x_t).cpu()[: count - start])
         if individual:
             for number, pixels in enumerate(drawn[-1], start):

@@ -1722,11 +1722,13 @@ def test_noise_of_another_shape_is_refused(use):
 
 
 def test_a_learned_variance_needs_twice_the_channels():
-    """A model that returns ε alone is refused where v is learned, as is one with its channels last."""
+    """A model that returns ε alone, or a channel too few, is refused where v is learned; so are channels at the end."""
     single(FEW, variance="learned_range").p_sample(lambda x_t, t: torch.cat([x_t, x_t], 1), torch.zeros(2, 3, 4, 4), 5)
-    with pytest.raises(ValueError, match=r"returned \(2, 1, 4, 4\) for x_t of \(2, 2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 4, 4\) .*, got \(2, 2, 4, 4\)"):
         single(FEW, variance="learned_range").p_sample(predicts_zero, torch.zeros(2, 2, 4, 4), 5)
-    with pytest.raises(ValueError, match=r"returned \(2, 3, 3, 1\) for x_t of \(2, 1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 3, 3\) .*, got \(2, 3, 3, 3\)"):  # v of one channel would broadcast
+        single(FEW, variance="learned_range").p_sample(lambda x_t, t: x_t[:, [0, 0, 0]], torch.zeros(2, 2, 3, 3), 5)
+    with pytest.raises(ValueError, match=r"\(2, 1, 3, 3\) .*, got \(2, 3, 3, 1\)"):
         single(FEW).p_sample(lambda x_t, t: x_t.permute(0, 2, 3, 1), torch.zeros(2, 1, 3, 3), 5)
 
 
@@ -2682,7 +2684,6 @@ def test_a_failed_download_is_one_line(name, folder, monkeypatch, capsys):
 
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
-
 # For each field of Config but --checkpoint-every, which the tests of runs use, a value that TINY does not have.
 FLAGS = dict(data="pictures", image_size="12", dim="12", dim_mults="1 2", num_res_blocks="2", attn_resolutions="8")
 FLAGS.update(dropout="0.5", conditional=False, label_dropout="0.9", timesteps="30", schedule="cosine", seed="7")
